@@ -1,0 +1,1 @@
+"""The player: engines, chat rendering, rollouts and the episodes they leave behind."""

@@ -1,0 +1,115 @@
+"""An episode as it was played: text for people, and the very token ids that were sampled for training.
+
+The ids are one append-only sequence. `token_ids[:prompt_length]` is the first prompt; from there on sampled tokens
+(with `loss_mask` True and their log-probability) alternate with what the env said. Nothing is ever re-tokenised.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from datetime import datetime
+from enum import StrEnum
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, model_validator
+
+from envs.base import Task
+
+
+class StopReason(StrEnum):
+    """Why an episode ended."""
+
+    DONE = "done"  # the env said so
+    MAX_TURNS = "max_turns"
+    LENGTH = "length"  # the next prompt would not fit the model's context or the episode's token limit
+    ERROR = "error"  # the env or the engine failed; `Episode.error` says how
+    INTERRUPTED = "interrupted"
+
+
+class FinishReason(StrEnum):
+    """Why one generation ended."""
+
+    STOP = "stop"  # end of turn
+    LENGTH = "length"  # max_tokens
+
+
+class Message(BaseModel):
+    """One chat message."""
+
+    model_config = ConfigDict(frozen=True)
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class SamplingParams(BaseModel):
+    """How to sample. Temperature 0 is greedy. `seed` makes one request repeatable by itself."""
+
+    model_config = ConfigDict(frozen=True)
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0 keeps all
+    max_tokens: int = 256
+    seed: int | None = None
+
+
+class Turn(BaseModel):
+    """One observation and the action taken on it. `start:end` is the action's span in `Episode.token_ids`."""
+
+    model_config = ConfigDict(frozen=True)
+
+    observation: str
+    action: str
+    start: int
+    end: int
+    finish_reason: FinishReason
+    reward: float = 0.0
+    feedback: str = ""
+    seconds: float = 0.0  # the env's own step time
+
+
+class Episode(BaseModel):
+    """One played task. A failed one is kept too, with `stop_reason=error` and the error's text."""
+
+    model_config = ConfigDict(frozen=True)
+
+    id: str
+    task: Task
+    messages: tuple[Message, ...]
+    turns: tuple[Turn, ...]
+    token_ids: tuple[int, ...]
+    prompt_length: int
+    loss_mask: tuple[bool, ...]  # True exactly at sampled tokens, end of turn included
+    logprobs: tuple[float, ...]  # natural log, untempered model distribution; 0.0 where not sampled
+    reward: float
+    score: float
+    success: bool
+    feedback: str
+    stop_reason: StopReason
+    error: str | None = None
+    model: str
+    checkpoint: str | None = None  # id of the adapter or weights that sampled; None is the base model
+    knowledge: str | None = None  # id of the knowledge version in the system message
+    sampling: SamplingParams
+    started_at: datetime
+    seconds: float
+    human: bool = False
+
+    @model_validator(mode="after")
+    def _aligned(self) -> Episode:
+        if not len(self.token_ids) == len(self.loss_mask) == len(self.logprobs):
+            raise ValueError("token_ids, loss_mask and logprobs differ in length")
+        if any(self.loss_mask[: self.prompt_length]):
+            raise ValueError("a prompt token is marked as sampled")
+        return self
+
+    @property
+    def sampled(self) -> int:
+        """Number of sampled tokens."""
+        return sum(self.loss_mask)
+
+
+def episode_id(namespace: str, task: Task, sample: int = 0) -> str:
+    """Deterministic id, so that a stage that is played again writes the same row, not a second one."""
+    return hashlib.sha256(f"{namespace}\0{task.id}\0{sample}".encode()).hexdigest()[:20]

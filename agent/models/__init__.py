@@ -1,0 +1,1 @@
+"""Where model folders come from: hub ids, local folders, and models carried inside wheels."""

@@ -1,0 +1,1 @@
+"""On-policy context distillation: knowledge in the context becomes knowledge in the weights."""

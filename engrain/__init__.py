@@ -1,0 +1,1 @@
+"""The application: the round, its gate, its settings and its command line."""

@@ -1,0 +1,1 @@
+"""Worlds: tasks and the envs that play them, in text."""

@@ -1,0 +1,1 @@
+"""Experience: episodes, items, knowledge versions and their lineage in one database."""
