@@ -1,0 +1,25 @@
+"""What can go wrong between messages, token ids and a language model."""
+
+from __future__ import annotations
+
+from envs.errors import EngrainError, UsageError
+
+
+class ChatTemplateError(UsageError):
+    """The tokenizer has no chat template, or one that cannot be used for append-only rendering."""
+
+
+class ContextLengthError(UsageError):
+    """A prompt and the tokens asked for do not fit the model's context. Nothing is truncated silently."""
+
+
+class SamplingError(UsageError):
+    """A sampling parameter is out of its range."""
+
+
+class CheckpointError(UsageError):
+    """A checkpoint folder is neither a LoRA adapter nor full weights, or does not fit the model."""
+
+
+class EngineFailedError(EngrainError):
+    """The model produced no usable numbers (NaN logits); the message names the model."""
