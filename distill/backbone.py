@@ -1,0 +1,104 @@
+"""A Hugging Face causal LM seen as what the loss needs: hidden states of packed sequences, and an output head."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from distill.errors import UnsupportedModelError
+from distill.packing import Packed, Sample, attention_mask, pack
+
+
+class Backbone:
+    """The decoder stack and the output head of a model, with or without a LoRA adapter around it.
+
+    Raises:
+        UnsupportedModelError: logits are not `hidden @ head.T` (soft-capped or scaled logits, a biased head), or the
+            model cannot read packed rows (recurrent layers).
+    """
+
+    def __init__(self, model: nn.Module, *, check: bool = True) -> None:
+        self.model = model
+        base = cast(Any, model.get_base_model() if isinstance(model, PeftModel) else model)
+        self.decoder: nn.Module = base.get_decoder()
+        head = base.get_output_embeddings()
+        if head is None or getattr(head, "bias", None) is not None:
+            raise UnsupportedModelError(f"{type(base).__name__} has no plain output head; use a decoder-only model")
+        self.config: Any = base.config.get_text_config(decoder=True)
+        self._head = head
+        self._base = base
+        if check:
+            self._check()
+
+    @property
+    def head_VD(self) -> Tensor:
+        """The output head's weight, vocabulary x hidden size."""
+        return cast(Tensor, self._head.weight)
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs must lie."""
+        return self.head_VD.device
+
+    def without_adapter(self) -> AbstractContextManager[None]:
+        """Within it the model is its base: how a LoRA student is its own frozen teacher. Nothing for a plain model."""
+        if isinstance(self.model, PeftModel):
+            return cast(AbstractContextManager[None], self.model.disable_adapter())
+        return nullcontext()
+
+    def hidden(self, packed: Packed, prefix: DynamicCache | None = None) -> Tensor:
+        """Last hidden states of a packed row, T x D, continuing `prefix` if given (which grows by the row)."""
+        cached = prefix.get_seq_length() if prefix is not None else 0
+        output = self.decoder(
+            input_ids=packed.input_ids_1T,
+            position_ids=packed.position_ids_1T,
+            attention_mask=self._masks(packed, cached),
+            past_key_values=prefix,
+            use_cache=prefix is not None,
+        )
+        return cast(Tensor, output.last_hidden_state[0])
+
+    def _masks(self, packed: Packed, prefix: int) -> Tensor | dict[str, Tensor]:
+        window = getattr(self.config, "sliding_window", None)
+        kinds = set(getattr(self.config, "layer_types", None) or ())
+        if kinds <= {"full_attention"}:
+            slides = window is not None and not kinds  # such as Mistral: every layer slides, none is named
+            return attention_mask(packed, prefix=prefix, window=window if slides else None)
+        if not kinds <= {"full_attention", "sliding_attention"}:
+            raise UnsupportedModelError(
+                f"layers of kind {', '.join(sorted(kinds))} cannot read packed rows; use a model with full or "
+                "sliding-window attention"
+            )
+        return {
+            "full_attention": attention_mask(packed, prefix=prefix),
+            "sliding_attention": attention_mask(packed, prefix=prefix, window=window),
+        }
+
+    def _check(self) -> None:
+        """Two short sequences, packed, must give the logits that the model itself gives for each alone."""
+        size = self.head_VD.shape[0]
+        first, second = ([(7 * i + 3) % size for i in range(n)] for n in (5, 4))
+        samples = [
+            Sample("check", (ids[0],), (ids[0],), tuple(ids[1:]), (True,) * (len(ids) - 1)) for ids in (first, second)
+        ]
+        was_training = self.model.training
+        self.model.eval()
+        with torch.no_grad():
+            packed = pack([s.student_prompt for s in samples], samples, device=self.device)
+            ours = self.hidden(packed).to(self.head_VD.dtype) @ self.head_VD.T
+            theirs = torch.cat(
+                [self.model(input_ids=torch.tensor([ids], device=self.device)).logits[0] for ids in (first, second)]
+            )
+        self.model.train(was_training)
+        tolerance = 0.05 if self.head_VD.dtype in (torch.bfloat16, torch.float16) else 1e-3
+        difference = (ours - theirs).float().abs().max() / theirs.float().abs().max().clamp(min=1e-6)
+        if not difference <= tolerance:
+            raise UnsupportedModelError(
+                f"{type(self._base).__name__}: its logits are not its output head applied to packed hidden states "
+                f"(relative difference {difference:.2g}); soft-capped, scaled or recurrent models are not supported"
+            )

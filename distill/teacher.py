@@ -1,0 +1,164 @@
+"""The teacher: the distribution that saw the knowledge, scored on what the student said without it.
+
+All teacher prompts of a job begin with the same knowledge and the teacher is frozen, so the key-value states of that
+prefix are computed once and every sample of every step is scored from them. Which tokens are shared is found on the
+ids themselves: whatever a sample's prompt has in common with the cached prefix is taken from the cache, the rest is
+read, so that the result never depends on the cache being right about the text.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from distill.backbone import Backbone
+from distill.errors import VocabularyMismatchError
+from distill.packing import Sample, pack
+
+logger = logging.getLogger(__name__)
+
+
+class Teacher(Protocol):
+    """Scores samples; never trains."""
+
+    @property
+    def head_VD(self) -> Tensor:
+        """Output head, vocabulary x the teacher's hidden size."""
+        ...
+
+    def hidden(self, samples: Sequence[Sample]) -> Tensor:
+        """Hidden states at the positions that predict sampled tokens, all samples in order, R x D."""
+        ...
+
+
+class PrefixCache:
+    """Key-value states of shared prompt beginnings, least recently used out first.
+
+    Args:
+        backbone: whose states they are; frozen while the cache lives.
+        max_bytes: bound on all entries together. An entry that alone exceeds it is used and not kept.
+    """
+
+    def __init__(self, backbone: Backbone, max_bytes: int = 4 * 2**30) -> None:
+        self.backbone = backbone
+        self.max_bytes = max_bytes
+        self._entries: OrderedDict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = OrderedDict()
+
+    @property
+    def bytes(self) -> int:
+        """Memory held now."""
+        return sum(_size(entry) for entry in self._entries.values())
+
+    def best(self, prompts: Sequence[Sequence[int]]) -> tuple[int, DynamicCache | None]:
+        """How many leading tokens of all `prompts` stand in the cache, and a fresh cache object holding just those.
+
+        A prefix no entry covers by half is computed now: the longest beginning that all `prompts` share. The last
+        token of a prompt is always left to be read, since its hidden state predicts the first sampled token.
+        """
+        shared = _common_prefix(prompts)
+        shared = shared[: min(len(prompt) for prompt in prompts) - 1]
+        if not shared:
+            return 0, None
+        key, length = max(
+            ((key, len(_common_prefix([key, shared]))) for key in self._entries),
+            key=lambda e: e[1],
+            default=((), 0),
+        )
+        # A single prompt shares all of itself with itself: keep a cached entry that covers most of it instead.
+        if 2 * length < len(shared):
+            key, length = tuple(shared), len(shared)
+            entry = self._compute(shared)
+            self._keep(key, entry)
+        else:
+            entry = self._entries[key]
+            self._entries.move_to_end(key)
+        cache = DynamicCache()
+        for layer, (keys, values) in enumerate(entry):
+            cache.update(keys[:, :, :length], values[:, :, :length], layer)
+        return length, cache
+
+    def _compute(self, prefix: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+        sample = Sample("prefix", (prefix[0],), (prefix[0],), tuple(prefix[1:]), (False,) * (len(prefix) - 1))
+        packed = pack([sample.teacher_prompt], [sample], device=self.backbone.device)
+        cache = DynamicCache()  # without a config: every layer keeps all positions, sliding ones are masked instead
+        self.backbone.hidden(packed, cache)
+        return [(layer.keys, layer.values) for layer in _layers(cache)]
+
+    def _keep(self, key: tuple[int, ...], entry: list[tuple[Tensor, Tensor]]) -> None:
+        size = _size(entry)
+        if size > self.max_bytes:
+            logger.warning("prefix of %d tokens needs %d bytes, over the bound: not kept", len(key), size)
+            return
+        self._entries[key] = entry
+        while self.bytes > self.max_bytes:
+            old, _ = self._entries.popitem(last=False)
+            logger.info("dropped the cached prefix of %d tokens", len(old))
+        logger.info("cached a prefix of %d tokens, %.1f MiB", len(key), size / 2**20)
+
+
+class FrozenTeacher:
+    """The initial student (its LoRA adapter off) or a second model, with the knowledge prefix cached.
+
+    Args:
+        backbone: the student's own backbone for self-distillation, or another model's.
+        use_cache: False reads every prompt in full (for comparison).
+        max_cache_bytes: bound on the prefix cache.
+    """
+
+    def __init__(self, backbone: Backbone, *, use_cache: bool = True, max_cache_bytes: int = 4 * 2**30) -> None:
+        self.backbone = backbone
+        self.cache = PrefixCache(backbone, max_cache_bytes) if use_cache else None
+
+    @property
+    def head_VD(self) -> Tensor:
+        """Output head, vocabulary x hidden size."""
+        return self.backbone.head_VD
+
+    @torch.no_grad()
+    def hidden(self, samples: Sequence[Sample]) -> Tensor:
+        """Hidden states at the positions that predict sampled tokens, R x D."""
+        prompts = [sample.teacher_prompt for sample in samples]
+        with self.backbone.without_adapter():
+            was_training = self.backbone.model.training
+            self.backbone.model.eval()
+            length, prefix = self.cache.best(prompts) if self.cache is not None else (0, None)
+            packed = pack([p[length:] for p in prompts], samples, offset=length, device=self.backbone.device)
+            hidden_TD = self.backbone.hidden(packed, prefix)
+            self.backbone.model.train(was_training)
+        return hidden_TD[packed.predict_R]
+
+
+def check_vocabulary(student: Any, teacher: Any) -> None:
+    """Both tokenizers must map every token to the same id, since distributions are compared id by id.
+
+    Raises:
+        VocabularyMismatchError: naming the first token that differs.
+    """
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    if ours == theirs:
+        return
+    different = next((t for t in ours if theirs.get(t) != ours[t]), None) or next(iter(set(theirs) - set(ours)))
+    raise VocabularyMismatchError(
+        f"teacher and student have different vocabularies ({len(theirs)} and {len(ours)} tokens; {different!r} is "
+        f"{theirs.get(different)} and {ours.get(different)}); use two models of one family"
+    )
+
+
+def _common_prefix(sequences: Sequence[Sequence[int]]) -> list[int]:
+    low, high = min(map(tuple, sequences)), max(map(tuple, sequences))
+    length = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
+    return list(low[:length])
+
+
+def _layers(cache: DynamicCache) -> list[Any]:
+    return list(cache.layers)
+
+
+def _size(entry: list[tuple[Tensor, Tensor]]) -> int:
+    return sum(t.numel() * t.element_size() for pair in entry for t in pair)
