@@ -1,0 +1,129 @@
+"""How values that no database type fits are laid down: token arrays, any text, JSON, times and wide integers.
+
+All of these round-trip exactly and look the same in SQLite and PostgreSQL.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import zlib
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+from sqlalchemy import Dialect, String, Text
+from sqlalchemy.types import TypeDecorator
+
+
+def pack_ids(ids: Sequence[int]) -> bytes:
+    """Token ids as zlib-compressed little-endian int32.
+
+    Raises:
+        OverflowError: an id does not fit 32 bits.
+    """
+    return zlib.compress(np.array(ids, dtype="<i4").tobytes())
+
+
+def unpack_ids(blob: bytes) -> tuple[int, ...]:
+    """Inverse of `pack_ids`."""
+    return tuple(np.frombuffer(zlib.decompress(blob), dtype="<i4").tolist())
+
+
+def pack_mask(mask: Sequence[bool]) -> bytes:
+    """A loss mask as zlib-compressed uint8, one byte a token before compression."""
+    return zlib.compress(np.array(mask, dtype=np.bool_).astype("u1").tobytes())
+
+
+def unpack_mask(blob: bytes) -> tuple[bool, ...]:
+    """Inverse of `pack_mask`."""
+    return tuple(np.frombuffer(zlib.decompress(blob), dtype="u1").astype(np.bool_).tolist())
+
+
+def pack_logprobs(logprobs: Sequence[float]) -> bytes:
+    """Log-probabilities as zlib-compressed little-endian float32: exact for values that came from float32."""
+    with np.errstate(over="ignore"):
+        return zlib.compress(np.array(logprobs, dtype=np.float64).astype("<f4").tobytes())
+
+
+def unpack_logprobs(blob: bytes) -> tuple[float, ...]:
+    """Inverse of `pack_logprobs`, up to its rounding to float32."""
+    return tuple(np.frombuffer(zlib.decompress(blob), dtype="<f4").tolist())
+
+
+_ESCAPE = "\x1a"
+_UNSAFE = re.compile("[\x00\x1a\ud800-\udfff]")
+_ESCAPED = re.compile("\x1a([0-9a-f]{4})")
+
+
+def escape_text(text: str) -> str:
+    """Make any Python string storable: NUL (PostgreSQL refuses it) and lone surrogates become 0x1A + 4 hex digits."""
+    return _UNSAFE.sub(lambda match: f"{_ESCAPE}{ord(match[0]):04x}", text)
+
+
+def unescape_text(text: str) -> str:
+    """Inverse of `escape_text`."""
+    return _ESCAPED.sub(lambda match: chr(int(match[1], 16)), text) if _ESCAPE in text else text
+
+
+class AnyText(TypeDecorator[str]):
+    """Text that may hold any code point, whatever a model or a game wrote."""
+
+    impl = Text
+    cache_ok = True
+
+    def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
+        """Escape on the way in."""
+        return None if value is None else escape_text(value)
+
+    def process_result_value(self, value: str | None, dialect: Dialect) -> str | None:
+        """Unescape on the way out."""
+        return None if value is None else unescape_text(value)
+
+
+class JsonText(TypeDecorator[Any]):
+    """A JSON value as ASCII text; key order is kept, tuples come back as lists."""
+
+    impl = Text
+    cache_ok = True
+
+    def process_bind_param(self, value: Any, dialect: Dialect) -> str | None:
+        """Write compact JSON."""
+        return None if value is None else json.dumps(value, separators=(",", ":"))
+
+    def process_result_value(self, value: str | None, dialect: Dialect) -> Any:
+        """Read JSON."""
+        return None if value is None else json.loads(value)
+
+
+class Timestamp(TypeDecorator[datetime]):
+    """An ISO 8601 time with microseconds, moved to UTC, so that text order is time order. Naive times stay naive."""
+
+    impl = String(32)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> str | None:
+        """Write in UTC."""
+        if value is None:
+            return None
+        return (value.astimezone(UTC) if value.tzinfo else value).isoformat(timespec="microseconds")
+
+    def process_result_value(self, value: str | None, dialect: Dialect) -> datetime | None:
+        """Read as it was written."""
+        return None if value is None else datetime.fromisoformat(value)
+
+
+class WideInteger(TypeDecorator[int]):
+    """An integer of any size, such as a seed taken from a digest, in decimal."""
+
+    impl = Text
+    cache_ok = True
+
+    def process_bind_param(self, value: int | None, dialect: Dialect) -> str | None:
+        """Write in decimal."""
+        return None if value is None else str(value)
+
+    def process_result_value(self, value: str | None, dialect: Dialect) -> int | None:
+        """Read decimal."""
+        return None if value is None else int(value)

@@ -1,0 +1,235 @@
+"""One database, opened, migrated and made safe for several processes: SQLite by default, PostgreSQL by URL."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import sqlalchemy as sa
+from alembic import command
+from alembic.config import Config
+from alembic.script import ScriptDirectory
+from alembic.util import CommandError
+from sqlalchemy import exc
+from sqlalchemy.dialects import postgresql, sqlite
+
+from memory.errors import BadStoreError, StoreError, UnknownIdError
+from memory.records import now
+from memory.schema import Base, EventRow
+
+VERSION_TABLE = "engrain_version"
+BUSY_SECONDS = 60  # how long a writer waits for another process's transaction on SQLite
+_LOCK = 0x456E67726169  # "Engrai": PostgreSQL advisory lock for what must happen one at a time
+
+_T = TypeVar("_T")
+
+
+def chunks(values: Iterable[_T], size: int) -> Iterator[list[_T]]:
+    """Lists of at most `size` values, in order, read as they are needed."""
+    chunk: list[_T] = []
+    for value in values:
+        chunk.append(value)
+        if len(chunk) == size:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def parse_url(url_or_path: str) -> sa.URL:
+    """The database URL meant by a URL or by a plain path, which is a SQLite file.
+
+    Raises:
+        BadStoreError: not a URL of a database we support.
+    """
+    if url_or_path == ":memory:":
+        return sa.URL.create("sqlite", database=":memory:")
+    if "://" not in url_or_path:
+        if not url_or_path.strip() or "\0" in url_or_path:
+            raise BadStoreError("the store's path is empty or holds a NUL; give a file or a database URL")
+        return sa.URL.create("sqlite", database=str(Path(url_or_path).expanduser()))
+    scheme = url_or_path.split("://", 1)[0]
+    try:
+        url = sa.make_url(url_or_path)
+    except (exc.ArgumentError, ValueError):
+        raise BadStoreError(f"the {scheme}:// URL of the store cannot be read; its form is {_FORMS}") from None
+    if url.drivername in ("postgresql", "postgres"):
+        url = url.set(drivername="postgresql+psycopg")
+    if url.drivername not in ("sqlite", "sqlite+pysqlite", "postgresql+psycopg"):
+        raise BadStoreError(f"{scheme!r} is no database that stores experience; use {_FORMS}")
+    return url
+
+
+_FORMS = "a file path, sqlite:///PATH or postgresql://USER:PASSWORD@HOST/NAME"
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of a driver's message."""
+    cause = getattr(error, "orig", None) or error
+    return (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+
+
+def _alembic(connection: sa.Connection) -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent / "migrations").replace("%", "%%"))
+    config.set_main_option("path_separator", "os")
+    config.attributes["connection"] = connection
+    return config
+
+
+class Database:
+    """Connections and transactions. `Store` adds what is kept in them."""
+
+    def __init__(self, engine: sa.Engine) -> None:
+        self._engine = engine
+        self.url = engine.url.render_as_string(hide_password=True)
+
+    @classmethod
+    def open(cls, url_or_path: str, *, create: bool = True) -> Self:
+        """Open a store, making the SQLite file and its folders, and bring its tables up to this version.
+
+        Args:
+            url_or_path: a plain path or `sqlite:///PATH` for SQLite, `postgresql://...` for PostgreSQL.
+            create: False refuses a SQLite file that does not exist yet.
+
+        Raises:
+            BadStoreError: not a database, not ours, or written by a newer version. The message holds no password.
+            StoreError: the server does not answer.
+        """
+        url = parse_url(url_or_path)
+        shown = url.render_as_string(hide_password=True)
+        try:
+            store = cls(_connectable(url, create))
+        except (OSError, ImportError, exc.ArgumentError) as error:
+            raise BadStoreError(f"cannot open the store {shown}: {_reason(error)}") from None
+        try:
+            store._migrate()
+        except exc.DBAPIError as error:
+            store.close()
+            down = isinstance(error, exc.OperationalError) and url.drivername.startswith("postgresql")
+            kind = StoreError if down and not getattr(error.orig, "sqlstate", None) else BadStoreError
+            raise kind(f"cannot open the store {shown}: {_reason(error)}") from None
+        except BaseException:
+            store.close()
+            raise
+        return store
+
+    def close(self) -> None:
+        """Close all connections. Closing twice does nothing."""
+        self._engine.dispose()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @contextmanager
+    def _read(self) -> Iterator[sa.Connection]:
+        """A connection for reading one consistent state."""
+        with self._translated(), self._engine.connect() as connection:
+            yield connection
+
+    @contextmanager
+    def _write(self) -> Iterator[sa.Connection]:
+        """A transaction that is wholly kept or wholly undone. On SQLite it is the only writer from its start."""
+        with self._translated(), self._engine.connect() as connection:
+            connection = connection.execution_options(engrain_write=True)
+            with connection.begin():
+                yield connection
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except exc.IntegrityError as error:
+            raise UnknownIdError(
+                f"the store {self.url} lacks something this write refers to: {_reason(error)}"
+            ) from error
+        except exc.DBAPIError as error:
+            raise StoreError(f"the store {self.url} failed: {_reason(error)}") from error
+
+    def _one_at_a_time(self, connection: sa.Connection) -> None:
+        """Until this transaction ends, no other process passes here. SQLite's write lock does it already."""
+        if self._engine.dialect.name == "postgresql":
+            connection.execute(sa.text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK})
+
+    def _insert(self, table: type[Base], *, skip_existing: bool = False) -> Any:
+        """An insert for this dialect; `skip_existing` leaves rows alone whose key is taken."""
+        insert: Any = postgresql.insert if self._engine.dialect.name == "postgresql" else sqlite.insert
+        statement = insert(table)
+        return statement.on_conflict_do_nothing() if skip_existing else statement
+
+    def _insert_rows(self, connection: sa.Connection, table: type[Base], rows: Sequence[Mapping[str, Any]]) -> None:
+        """Insert rows, leaving alone those whose key is taken."""
+        if rows:
+            connection.execute(self._insert(table, skip_existing=True), rows)
+
+    def _log(self, connection: sa.Connection, kind: str, subject: str, action: str, who: str, why: str) -> None:
+        row = {"at": now(), "who": who, "kind": kind, "subject": subject, "action": action, "why": why}
+        connection.execute(sa.insert(EventRow), row)
+
+    def _migrate(self) -> None:
+        """Run the migrations that this database lacks; several processes may open an empty one at once."""
+        with self._engine.connect() as connection:
+            connection = connection.execution_options(engrain_write=True)
+            with connection.begin():
+                self._one_at_a_time(connection)
+                config = _alembic(connection)
+                scripts = ScriptDirectory.from_config(config)
+                tables = set(sa.inspect(connection).get_table_names())
+                if VERSION_TABLE in tables:
+                    found = connection.execute(sa.text(f"SELECT version_num FROM {VERSION_TABLE}")).scalar()  # noqa: S608
+                    self._check_version(found, scripts)
+                    if found == scripts.get_current_head():
+                        return
+                elif taken := sorted(tables & set(Base.metadata.tables)):
+                    raise BadStoreError(
+                        f"{self.url} holds a table {taken[0]!r} that is not Engrain's; name another database"
+                    )
+                command.upgrade(config, "head")
+
+    def _check_version(self, found: str | None, scripts: ScriptDirectory) -> None:
+        try:
+            known = found is None or scripts.get_revision(found) is not None
+        except CommandError:
+            known = False
+        if not known:
+            raise BadStoreError(
+                f"the store {self.url} was written by a newer version of Engrain (revision {found}); "
+                "upgrade Engrain or name another store"
+            )
+
+
+def _connectable(url: sa.URL, create: bool) -> sa.Engine:
+    if url.drivername.startswith("postgresql"):
+        return sa.create_engine(url, pool_pre_ping=True)
+    if url.database in (None, "", ":memory:"):
+        engine = sa.create_engine(url, poolclass=sa.StaticPool, connect_args={"check_same_thread": False})
+    else:
+        path = Path(str(url.database))
+        if not create and not path.exists():
+            raise BadStoreError(f"there is no store at {path}; play or improve first, or name one with --store")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        engine = sa.create_engine(url, connect_args={"timeout": BUSY_SECONDS})
+    sa.event.listen(engine, "connect", _prepare_sqlite)
+    sa.event.listen(engine, "begin", _begin_sqlite)
+    return engine
+
+
+def _prepare_sqlite(connection: sqlite3.Connection, _: object) -> None:
+    connection.isolation_level = None  # we say BEGIN ourselves: the driver's own would be too late for DDL
+    connection.execute(f"PRAGMA busy_timeout = {BUSY_SECONDS * 1000}")
+    connection.execute("PRAGMA foreign_keys = ON")
+    if connection.execute("PRAGMA journal_mode").fetchone() != ("wal",):
+        connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute("PRAGMA synchronous = NORMAL")
+
+
+def _begin_sqlite(connection: sa.Connection) -> None:
+    # A writer that starts as a reader cannot wait for the lock later: SQLite answers "locked" at once.
+    write = connection.get_execution_options().get("engrain_write")
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
