@@ -58,26 +58,24 @@ class PrefixCache:
     def best(self, prompts: Sequence[Sequence[int]]) -> tuple[int, DynamicCache | None]:
         """How many leading tokens of all `prompts` stand in the cache, and a fresh cache object holding just those.
 
-        A prefix no entry covers by half is computed now: the longest beginning that all `prompts` share. The last
-        token of a prompt is always left to be read, since its hidden state predicts the first sampled token.
+        Several prompts whose shared beginning no entry covers by half get an entry of their own first. A single
+        prompt shares all of itself with itself and takes what there is. The last token of a prompt is always left to
+        be read, since its hidden state predicts the first sampled token.
         """
         shared = _common_prefix(prompts)
         shared = shared[: min(len(prompt) for prompt in prompts) - 1]
-        if not shared:
-            return 0, None
-        key, length = max(
-            ((key, len(_common_prefix([key, shared]))) for key in self._entries),
-            key=lambda e: e[1],
-            default=((), 0),
-        )
-        # A single prompt shares all of itself with itself: keep a cached entry that covers most of it instead.
-        if 2 * length < len(shared):
+        covered = {key: len(_common_prefix([key, shared])) for key in self._entries}
+        key = max(covered, key=lambda k: covered[k], default=())
+        length = covered.get(key, 0)
+        if len(prompts) > 1 and 2 * length < len(shared):
             key, length = tuple(shared), len(shared)
             entry = self._compute(shared)
             self._keep(key, entry)
-        else:
+        elif length:
             entry = self._entries[key]
             self._entries.move_to_end(key)
+        else:
+            return 0, None
         cache = DynamicCache()
         for layer, (keys, values) in enumerate(entry):
             cache.update(keys[:, :, :length], values[:, :, :length], layer)
@@ -119,6 +117,14 @@ class FrozenTeacher:
     def head_VD(self) -> Tensor:
         """Output head, vocabulary x hidden size."""
         return self.backbone.head_VD
+
+    @torch.no_grad()
+    def prepare(self, prompts: Sequence[Sequence[int]]) -> int:
+        """Cache what all prompts of a job have in common, once before its first step; returns its tokens."""
+        if self.cache is None or len(prompts) < 2:
+            return 0
+        with self.backbone.without_adapter():
+            return self.cache.best(prompts)[0]
 
     @torch.no_grad()
     def hidden(self, samples: Sequence[Sample]) -> Tensor:

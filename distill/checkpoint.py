@@ -1,0 +1,192 @@
+"""Checkpoints on disk: safetensors weights, a manifest of where they come from, and what a resume needs.
+
+A checkpoint is a folder `step-000010/` that appears whole or not at all. `manifest.json` names its base model, its
+parent, the knowledge it was taught, the configuration and the versions of the libraries. The newest one also holds
+the optimiser's tensors, so that a killed run goes on from there and ends in the same state as an unbroken one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from pydantic import BaseModel, ConfigDict
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from distill.config import LoraSettings
+from distill.errors import CheckpointError
+
+_OPTIMIZER = "optimizer.safetensors"
+_STATE = "trainer_state.json"
+_LIBRARIES = ("engrain", "torch", "transformers", "peft", "safetensors")
+
+
+class Manifest(BaseModel):
+    """Where a checkpoint comes from. `id` is a digest of its weights and its lineage."""
+
+    model_config = ConfigDict(frozen=True)
+
+    id: str
+    kind: str  # "lora" or "full"
+    model: str
+    parent: str | None
+    knowledge: str | None
+    step: int
+    config: Mapping[str, Any]
+    seed: int
+    versions: Mapping[str, str]
+    created_at: datetime
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that shape a result."""
+    found = {"python": platform.python_version()}
+    for name in _LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def add_lora(model: nn.Module, settings: LoraSettings, seed: int) -> PeftModel:
+    """Put a fresh adapter on all linear layers but the output head; `seed` fixes its start. Its effect is nil."""
+    config = LoraConfig(
+        r=settings.rank, lora_alpha=settings.alpha, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return cast(PeftModel, get_peft_model(cast(Any, model), config))
+
+
+def save_checkpoint(
+    folder: Path,
+    model: nn.Module,
+    *,
+    base_model: str,
+    parent: str | None,
+    knowledge: str | None,
+    step: int,
+    config: Mapping[str, Any],
+    seed: int,
+    optimizer: torch.optim.Optimizer | None = None,
+    state: Mapping[str, Any] | None = None,
+) -> Manifest:
+    """Write a checkpoint folder atomically and return its manifest. An existing folder of that name is replaced."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for stale in folder.parent.glob(f".{folder.name}.*"):
+        shutil.rmtree(stale)
+    draft = folder.with_name(f".{folder.name}.{os.getpid()}")
+    draft.mkdir()
+    try:
+        cast(Any, model).save_pretrained(draft, safe_serialization=True)
+        (draft / "README.md").unlink(missing_ok=True)  # PEFT's model-card template says nothing of this model
+        kind = "lora" if isinstance(model, PeftModel) else "full"
+        digest = hashlib.sha256(json.dumps([base_model, parent, knowledge, step, seed]).encode())
+        for weights in sorted(draft.glob("*.safetensors")):
+            digest.update(weights.read_bytes())
+        manifest = Manifest(
+            id=digest.hexdigest()[:16],
+            kind=kind,
+            model=base_model,
+            parent=parent,
+            knowledge=knowledge,
+            step=step,
+            config=config,
+            seed=seed,
+            versions=versions(),
+            created_at=datetime.now(UTC),
+        )
+        (draft / "manifest.json").write_text(manifest.model_dump_json(indent=2) + "\n")
+        if optimizer is not None:
+            save_file(_optimizer_tensors(optimizer), draft / _OPTIMIZER)
+            (draft / _STATE).write_text(json.dumps({"step": step, **(state or {})}))
+        if folder.exists():
+            shutil.rmtree(folder)
+        draft.replace(folder)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+    return manifest
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a checkpoint folder.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be read.
+    """
+    try:
+        return Manifest.model_validate_json((folder / "manifest.json").read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder} is no checkpoint: its manifest.json cannot be read ({error})") from error
+
+
+def latest_resumable(run: Path) -> Path | None:
+    """The newest whole checkpoint of a run that holds a trainer state."""
+    return max((p.parent for p in run.glob(f"step-*/{_STATE}")), default=None, key=lambda p: p.name)
+
+
+def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Load weights and optimiser of a resumable checkpoint into `model` and `optimizer`; returns the saved state.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+    """
+    try:
+        load_weights(folder, model)
+        tensors = load_file(folder / _OPTIMIZER)
+        state = cast(dict[str, Any], json.loads((folder / _STATE).read_text()))
+    except (OSError, SafetensorError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder} cannot be resumed from: {error}; delete it to go on from an older one"
+        ) from error
+    blob = optimizer.state_dict()
+    restored: dict[int, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        index, key = name.split(".", 1)
+        restored.setdefault(int(index), {})[key] = tensor
+    blob["state"] = restored
+    optimizer.load_state_dict(blob)
+    return state
+
+
+def load_weights(folder: Path, model: nn.Module) -> None:
+    """Copy a checkpoint's weights into a model of the same shape (adapter into adapter, full into full)."""
+    if isinstance(model, PeftModel):
+        set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+        return
+    tensors: dict[str, torch.Tensor] = {}
+    for shard in sorted(folder.glob("model*.safetensors")):
+        tensors |= load_file(shard)
+    missing = model.load_state_dict(tensors, strict=False).missing_keys
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    if set(missing) - tied:
+        raise CheckpointError(f"{folder} lacks the weights {', '.join(sorted(set(missing) - tied)[:3])}")
+
+
+def drop_trainer_state(folder: Path) -> None:
+    """Forget a checkpoint's optimiser state; its weights stay."""
+    (folder / _STATE).unlink(missing_ok=True)
+    (folder / _OPTIMIZER).unlink(missing_ok=True)
+
+
+def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    return {
+        f"{index}.{key}": value.contiguous()
+        for index, entry in optimizer.state_dict()["state"].items()
+        for key, value in entry.items()
+        if isinstance(value, torch.Tensor)
+    }

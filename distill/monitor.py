@@ -1,0 +1,111 @@
+"""What is watched in every step, and when training must stop before it does harm.
+
+Self-distillation can collapse (arXiv 2606.04703): responses shorten, entropy falls, the KL climbs. The guard compares
+each step with the first ones of the run and stops on the bounds a configuration sets; the trainer then keeps the best
+checkpoint by validation.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from itertools import pairwise
+
+from pydantic import BaseModel, ConfigDict, Field
+
+#: Words of a student that talks about its context instead of using it (a teacher prompt that asks for citations
+#: teaches them).
+LEAK_PHRASES = re.compile(
+    r"(according to|based on|as (?:stated|mentioned) in|from|per) (?:the|my|our|these|earlier|past|previous)?\s*"
+    r"(?:given |provided |earlier |past |previous )?(?:experience|knowledge|guideline|rule)s?\b(?: items?)?",
+    re.IGNORECASE,
+)
+
+
+class StepMetrics(BaseModel):
+    """One optimiser step. Divergences and entropies are means over sampled tokens, in nats."""
+
+    model_config = ConfigDict(frozen=True)
+
+    step: int
+    loss: float  # the objective as trained, averaged as configured
+    divergence: float  # the objective, mean over tokens
+    opening_share: float  # share of the summed divergence that falls on the first four tokens of each response
+    student_entropy: float
+    teacher_entropy: float
+    teacher_mass: float  # teacher's probability of the student's most likely token, at the first token
+    student_mass: float  # student's probability of the teacher's most likely token, at the first token
+    response_tokens: float  # mean sampled tokens of a sequence
+    distinct_2: float  # distinct token bigrams over all, in the batch's responses
+    leak_rate: float  # share of responses that cite their experience
+    success: float  # share of the step's episodes that succeeded
+    grad_norm: float  # before clipping
+    learning_rate: float
+    sequences: int
+    dropped: int  # rollouts without a sampled token, such as failed ones
+    staleness: int = 0  # optimiser steps between the weights that sampled and the weights that are trained
+    tokens_per_second: float  # tokens through the student's forward and backward, scoring and update only
+    seconds_sampling: float
+    seconds_teacher: float
+    seconds_student: float
+    peak_memory_bytes: int
+
+
+class GuardConfig(BaseModel):
+    """When to stop. None turns a check off."""
+
+    model_config = ConfigDict(frozen=True)
+
+    warmup_steps: int = Field(5, ge=1, description="steps whose mean is the reference of the ratios below")
+    min_entropy_ratio: float | None = Field(0.1, description="of the reference student entropy")
+    min_length_ratio: float | None = Field(0.25, description="of the smaller of reference length and teacher need")
+    max_length_ratio: float | None = Field(4.0, description="of the reference response length")
+    min_distinct_ratio: float | None = Field(0.2, description="of the reference distinct-2")
+    rising_steps: int | None = Field(20, description="stop when the divergence rose this many steps in a row")
+
+
+class Guard:
+    """Says why training must stop, or None. Feed it every step in order."""
+
+    def __init__(self, config: GuardConfig) -> None:
+        self.config = config
+        self._seen: list[StepMetrics] = []
+
+    def check(self, metrics: StepMetrics) -> str | None:
+        """Reason to stop after this step, in one line."""
+        self._seen.append(metrics)
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(getattr(metrics, name)):
+                return f"{name} is {getattr(metrics, name)} at step {metrics.step}"
+        config, first = self.config, self._seen[: self.config.warmup_steps]
+        if config.rising_steps and len(self._seen) > config.rising_steps:
+            tail = [m.divergence for m in self._seen[-config.rising_steps - 1 :]]
+            if all(a < b for a, b in pairwise(tail)):
+                return f"the divergence rose {config.rising_steps} steps in a row, to {tail[-1]:.3g} nats"
+        if len(self._seen) <= config.warmup_steps:
+            return None
+        bounds = (
+            ("student_entropy", config.min_entropy_ratio, True),
+            ("response_tokens", config.min_length_ratio, True),
+            ("response_tokens", config.max_length_ratio, False),
+            ("distinct_2", config.min_distinct_ratio, True),
+        )
+        for name, ratio, below in bounds:
+            reference = sum(getattr(m, name) for m in first) / len(first)
+            value = getattr(metrics, name)
+            if ratio is not None and (value < ratio * reference if below else value > ratio * reference):
+                word = "fell below" if below else "rose above"
+                return f"{name} {word} {ratio:g} of its start ({reference:.3g} -> {value:.3g}) at step {metrics.step}"
+        return None
+
+
+def distinct_n(responses: Sequence[Sequence[int]], n: int = 2) -> float:
+    """Distinct n-grams over all n-grams of the responses together; 1.0 when there are none."""
+    grams = [tuple(ids[i : i + n]) for ids in responses for i in range(len(ids) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else 1.0
+
+
+def leak_rate(texts: Sequence[str]) -> float:
+    """Share of texts in which the student cites the experience it was given."""
+    return sum(bool(LEAK_PHRASES.search(text)) for text in texts) / len(texts) if texts else 0.0

@@ -1,0 +1,143 @@
+"""Where a step's samples come from: the student's own play (OPCD), or the teacher's (the off-policy baselines).
+
+A source is a function of the step number alone, so that a resumed run sees the batches that an unbroken one would.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from agent.rollout import play
+
+from agent.engines.base import Engine
+from agent.episode import Episode, SamplingParams
+from agent.renderer import Renderer
+from distill.errors import DistillConfigError
+from distill.packing import Sample
+from envs.base import Task
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's samples and the episodes they were made of. `episodes` may be more: failed ones give no sample."""
+
+    samples: tuple[Sample, ...]
+    episodes: tuple[Episode, ...]
+
+    @property
+    def dropped(self) -> int:
+        """Episodes without a sampled token."""
+        return len(self.episodes) - len(self.samples)
+
+
+#: step -> batch
+Source = Callable[[int], Batch]
+
+
+def shuffled_tasks(tasks: Sequence[Task], step: int, batch_size: int, seed: int) -> list[Task]:
+    """The tasks of a step: the pool is dealt out without repeats, and shuffled anew when it is used up."""
+    chosen: list[Task] = []
+    for index in range(step * batch_size, (step + 1) * batch_size):
+        epoch, place = divmod(index, len(tasks))
+        order = list(range(len(tasks)))
+        random.Random(f"{seed}:{epoch}").shuffle(order)  # noqa: S311 - not for secrets
+        chosen.append(tasks[order[place]])
+    return chosen
+
+
+def make_sample(episode: Episode, renderer: Renderer, knowledge: str, max_context: int) -> Sample:
+    """Pair an episode's sampled ids with both prompts: the bare one and the one with the knowledge first.
+
+    Raises:
+        DistillConfigError: the teacher's sequence exceeds `max_context` (nothing is ever cut silently), or the two
+            prompts do not end in the same generation header.
+    """
+    count = next((i for i, m in enumerate(episode.messages) if m.role == "assistant"), len(episode.messages))
+    opening = [*episode.messages[:count]]
+    if episode.knowledge is not None:  # sampled with knowledge: the first system message holds it
+        raise DistillConfigError(f"episode {episode.id} was played with knowledge; use TeacherSource for such episodes")
+    teacher_prompt = renderer.prompt(opening, knowledge)
+    sample = Sample.from_episode(episode, teacher_prompt)
+    check_pair(sample, renderer, max_context)
+    return sample
+
+
+def check_pair(sample: Sample, renderer: Renderer, max_context: int) -> None:
+    """Refuse a sample whose teacher could not read it all, or whose two prompts open the reply differently.
+
+    Raises:
+        DistillConfigError: in both cases; the message names the lengths or the header.
+    """
+    length = len(sample.teacher_prompt) + len(sample.continuation)
+    if length > max_context:
+        raise DistillConfigError(
+            f"the teacher would read {length} tokens and the model's context holds {max_context}; "
+            "use a smaller knowledge budget or fewer response tokens"
+        )
+    header = _header(sample.student_prompt, renderer.stop_ids)
+    if tuple(sample.teacher_prompt[-len(header) :]) != header:
+        raise DistillConfigError(
+            "student and teacher prompts end in different generation headers: "
+            f"{renderer.tokenizer.decode(header)!r} and "
+            f"{renderer.tokenizer.decode(sample.teacher_prompt[-len(header) :])!r}"
+        )
+
+
+def _header(prompt: Sequence[int], stop_ids: Sequence[int] | frozenset[int]) -> tuple[int, ...]:
+    """What follows the last end of turn: the header that opens the reply."""
+    last = max((i for i, token in enumerate(prompt) if token in stop_ids), default=-1)
+    return tuple(prompt[last + 1 :]) or tuple(prompt[-1:])
+
+
+class OnPolicySource:
+    """OPCD's source: the student plays a batch of tasks without the knowledge.
+
+    Args:
+        tasks: the training pool.
+        engine: samples from the weights under training.
+        knowledge: the text the teacher will read.
+        batch_size: episodes a step.
+        sampling: how the student samples.
+        seed: fixes task order and sampling.
+        namespace: prefix of the episode ids.
+        on_episode: told each finished episode, for instance to store it.
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[Task],
+        engine: Engine,
+        knowledge: str,
+        *,
+        batch_size: int,
+        sampling: SamplingParams,
+        seed: int,
+        namespace: str = "opcd",
+        on_episode: Callable[[Episode], None] | None = None,
+    ) -> None:
+        if not tasks:
+            raise DistillConfigError("no training tasks were given; ask for at least one")
+        self.tasks, self.engine, self.knowledge = list(tasks), engine, knowledge
+        self.batch_size, self.sampling, self.seed = batch_size, sampling, seed
+        self.namespace, self.on_episode = namespace, on_episode
+        self.renderer = Renderer(engine.tokenizer)
+
+    def __call__(self, step: int) -> Batch:
+        """Play the batch of `step`."""
+        tasks = shuffled_tasks(self.tasks, step, self.batch_size, self.seed)
+        episodes = play(
+            tasks,
+            self.engine,
+            sampling=self.sampling,
+            namespace=f"{self.namespace}/{step}",
+            seed=self.seed * 1_000_003 + step,
+            on_episode=self.on_episode,
+        )
+        return Batch(
+            tuple(
+                make_sample(e, self.renderer, self.knowledge, self.engine.max_context) for e in episodes if e.sampled
+            ),
+            tuple(episodes),
+        )
