@@ -108,5 +108,4 @@ def smollm2() -> Path:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ENGRAIN_HOME", str(_REAL_HOME))
-        folder = resolve("smollm2-135m")
-    return folder
+        return resolve("smollm2-135m")
