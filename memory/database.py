@@ -60,6 +60,10 @@ def parse_url(url_or_path: str) -> sa.URL:
         url = url.set(drivername="postgresql+psycopg")
     if url.drivername not in ("sqlite", "sqlite+pysqlite", "postgresql+psycopg"):
         raise BadStoreError(f"{scheme!r} is no database that stores experience; use {_FORMS}")
+    if url.host and "@" in url.host:  # part of the password would stand in every message about the host
+        raise BadStoreError(f"the {scheme}:// URL of the store holds two '@'; write the password's own as %40")
+    if "password" in url.query:  # moved to where it is hidden when the URL is shown
+        url = url.set(password=str(url.query["password"])).difference_update_query(["password"])
     return url
 
 

@@ -1,0 +1,233 @@
+"""From an episode to lines of experience: the record a model reads, and the strict reading of what it writes."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from agent.engines.base import Engine
+from agent.episode import Episode, FinishReason, Message, SamplingParams, StopReason
+from agent.renderer import Renderer
+from envs.errors import UsageError
+from memory.prompts import PROMPT_VERSION, Mode, examples_messages, paper_messages
+from memory.records import Extraction, digest
+from memory.render import HEADER
+
+MAX_ITEM_CHARACTERS = 400
+
+_ITEM = re.compile(r"- EXPERIENCE ITEM: (\S.*)")
+_ATTEMPT = re.compile(r"experience[\s_*-]*item", re.IGNORECASE)
+_PLACEHOLDER = re.compile(r"[<\[({]?\s*(text|item|lesson|rule|experience|\.\.\.|…)\s*[>\])}]?\.?", re.IGNORECASE)
+_RULE = re.compile(r"^(\s*)(=+\s*)$", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """What one output held: well-formed items in order, and the lines that tried to be one and failed."""
+
+    items: tuple[str, ...]
+    malformed: tuple[str, ...]
+
+
+def parse(output: str, *, finished: bool = True, max_items: int | None = None) -> Parsed:
+    """Read `- EXPERIENCE ITEM: <text>` lines; other prose is passed over.
+
+    Malformed are lines that name an experience item in any other form; items that are empty, a mere placeholder,
+    longer than 400 characters or hold control or invisible characters; items beyond `max_items`; and, when the
+    output was cut off (`finished` False), a last line without its end. An item said twice counts once.
+    """
+    items: list[str] = []
+    malformed: list[str] = []
+    lines = output.split("\n")
+    for number, line in enumerate(lines):
+        line = line.removesuffix("\r")
+        if not _ATTEMPT.search(line):
+            continue
+        match = _ITEM.fullmatch(line.rstrip(" "))
+        whole = finished or number < len(lines) - 1
+        if match is None or not whole or not _admissible(match[1]):
+            malformed.append(line)
+        elif match[1] not in items:
+            if max_items is not None and len(items) >= max_items:
+                malformed.append(line)
+            else:
+                items.append(match[1])
+    return Parsed(tuple(items), tuple(malformed))
+
+
+def _admissible(text: str) -> bool:
+    return (
+        len(text) <= MAX_ITEM_CHARACTERS
+        and not _ATTEMPT.search(text)
+        and not _PLACEHOLDER.fullmatch(text)
+        and any(character.isalnum() for character in text)
+        and not any(unicodedata.category(character) in _INVISIBLE for character in text)
+    )
+
+
+_INVISIBLE = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
+
+
+def transcript(episode: Episode, keep: int | None = None) -> str:
+    """The record of an episode as the extracting model reads it: task, replies, outcome, feedback.
+
+    Args:
+        episode: any episode, failed ones included.
+        keep: how many turns to show; the first and the latest stay, and a line says how many are left out. None is all.
+
+    Texts from the env are data: their lines cannot look like the record's borders or like an item, and control
+    characters show as U+FFFD. Knowledge in the episode's own system message is left out.
+    """
+    lines = []
+    if system := _own_system(episode.messages):
+        lines.append(f"Instructions: {_quoted(system)}")
+    turns = episode.turns
+    shown = len(turns) if keep is None else max(0, min(keep, len(turns)))
+    head = shown - shown // 2
+    kept = [*range(head), *range(len(turns) - (shown - head), len(turns))]
+    single = len(turns) == 1
+    if not turns and (first := next((m for m in episode.messages if m.role == "user"), None)):
+        lines.append(f"Task: {_quoted(first.content)}")
+    for position, index in enumerate(kept):
+        if position and kept[position - 1] != index - 1:
+            lines.append(f"[{index - kept[position - 1] - 1} turns left out]")
+        turn = turns[index]
+        prefix = "" if single else f"Turn {index + 1} "
+        lines.append(f"{'Task' if index == 0 else f'Turn {index + 1} answer'}: {_quoted(turn.observation)}")
+        lines.append(f"{prefix}{'Reply' if single else 'reply'}: {_quoted(turn.action)}")
+        if turn.feedback and turn.feedback not in episode.feedback:
+            lines.append(f"Feedback on it: {_quoted(turn.feedback)}")
+    if missing := len(turns) - (kept[-1] + 1 if kept else 0):
+        lines.append(f"[{missing} turns left out]")
+    lines.append(f"Outcome: {'solved' if episode.success else 'failed'} (score {episode.score:.2f})")
+    if episode.stop_reason is not StopReason.DONE:
+        lines.append(f"It ended early: {_ENDED.get(episode.stop_reason, episode.stop_reason.value)}")
+    if episode.feedback:
+        lines.append(f"Feedback: {_quoted(episode.feedback)}")
+    return "\n".join(lines)
+
+
+_ENDED = {
+    StopReason.MAX_TURNS: "no turns were left",
+    StopReason.LENGTH: "there was no room for more text",
+    StopReason.ERROR: "the world broke down",
+}
+
+
+def _own_system(messages: Sequence[Message]) -> str:
+    """The env's own system text, without a block of knowledge before it."""
+    text = "\n\n".join(m.content for m in messages if m.role == "system")
+    if not text.startswith(HEADER):
+        return text
+    lines = text.removeprefix(HEADER).lstrip("\n").split("\n")
+    while lines and lines[0].startswith("- "):
+        lines.pop(0)
+    return "\n".join(lines).strip("\n")
+
+
+def _quoted(text: str) -> str:
+    """Foreign text, made unable to pass for anything but text."""
+    text = "".join(c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs") else "\ufffd" for c in text)
+    text = _RULE.sub(r"\1> \2", text)
+    return "\n".join(f"> {line}" if _ATTEMPT.search(line) else line for line in text.split("\n")).strip()
+
+
+class Extractor:
+    """Lets an engine's model look back at episodes.
+
+    Args:
+        engine: the model that writes; its checkpoint is recorded as the items' origin.
+        mode: `examples` (default; small models need it) or `paper`.
+        max_items: most items taken from one output; more are kept as malformed.
+        sampling: how to sample; its seed is replaced by one per episode.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        mode: Mode = "examples",
+        max_items: int = 4,
+        sampling: SamplingParams | None = None,
+    ) -> None:
+        if mode not in ("examples", "paper"):
+            raise UsageError(f"no extraction mode {mode!r}; use examples or paper")
+        self._engine = engine
+        self._renderer = Renderer(engine.tokenizer)
+        self._mode: Mode = mode
+        self._max_items = max_items
+        self._sampling = sampling or SamplingParams(temperature=0.7, max_tokens=96 if mode == "examples" else 512)
+
+    def extract(self, episodes: Sequence[Episode], seed: int) -> list[Extraction]:
+        """One extraction an episode, in order; an episode given several times is read with as many seeds.
+
+        All prompts go to the engine in one call. An episode whose record does not fit the model's context even
+        without its turns yields an extraction without output.
+        """
+        seeds = _seeds(episodes, seed)
+        prompts = [self._prompt(episode) for episode in episodes]
+        fitting = [i for i, prompt in enumerate(prompts) if prompt is not None]
+        completions = {}
+        if fitting:
+            samplings = [self._sampling.model_copy(update={"seed": seeds[i]}) for i in fitting]
+            answers = self._engine.generate([prompts[i] or [] for i in fitting], samplings)
+            completions = dict(zip(fitting, answers, strict=True))
+        extractions = []
+        for i, episode in enumerate(episodes):
+            output, parsed = "", Parsed((), ())
+            if completion := completions.get(i):
+                output = self._renderer.decode(completion.token_ids)
+                finished = completion.finish_reason is FinishReason.STOP
+                parsed = parse(output, finished=finished, max_items=self._max_items)
+            extractions.append(self._extraction(episode, seeds[i], output, parsed))
+        return extractions
+
+    def messages(self, episode: Episode, keep: int | None = None) -> list[Message]:
+        """What the model is asked about an episode, `keep` turns of it (None: all)."""
+        record = transcript(episode, keep)
+        if self._mode == "paper":
+            return paper_messages(record, single_turn=len(episode.turns) <= 1)
+        return examples_messages(record)
+
+    def _prompt(self, episode: Episode) -> list[int] | None:
+        """The longest prompt that leaves room for the answer, whole turns being left out; None if none does."""
+        room = self._engine.max_context - self._sampling.max_tokens
+        if len(prompt := self._renderer.prompt(self.messages(episode))) <= room:
+            return prompt
+        best, low, high = None, 0, len(episode.turns) - 1
+        while low <= high:
+            keep = (low + high) // 2
+            prompt = self._renderer.prompt(self.messages(episode, keep))
+            if len(prompt) <= room:
+                best, low = prompt, keep + 1
+            else:
+                high = keep - 1
+        return best
+
+    def _extraction(self, episode: Episode, seed: int, output: str, parsed: Parsed) -> Extraction:
+        engine = self._engine
+        origin = (episode.id, engine.model, engine.checkpoint, self._mode, PROMPT_VERSION, seed)
+        return Extraction(
+            id=digest(*origin, self._sampling.model_dump_json(exclude={"seed"})),
+            episode_id=episode.id,
+            model=engine.model,
+            checkpoint=engine.checkpoint,
+            mode=self._mode,
+            prompt_version=PROMPT_VERSION,
+            seed=seed,
+            output=output,
+            items=parsed.items,
+            malformed=parsed.malformed,
+        )
+
+
+def _seeds(episodes: Sequence[Episode], seed: int) -> list[int]:
+    """A 31-bit seed for each, fixed by the episode and how often it stood earlier, not by its neighbours."""
+    seen: Counter[str] = Counter()
+    seeds = []
+    for episode in episodes:
+        seeds.append(int(digest(seed, episode.id, seen[episode.id]), 16) % 2**31)
+        seen[episode.id] += 1
+    return seeds

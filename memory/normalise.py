@@ -1,0 +1,53 @@
+"""When two lines say the same: exactly (one id), or nearly (worth merging)."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterable
+
+from memory.records import Item, digest
+
+#: Share of common words from which two items with the same anchors are one.
+NEAR = 0.8
+
+_WORD = re.compile(r"\w+")
+# What a lesson hangs on: markup, quoted forms, numbers and negations. Items that differ here differ.
+_ANCHOR = re.compile(
+    r"</?[^<>\s]{1,40}>|\\\w+|`[^`]*`|\"[^\"]*\"|\d+|[{}\[\]]|\b(?:not|never|no|none|without|avoid|unless|only|\w+n['’]t)\b"
+)
+
+
+def normalised(text: str) -> str:
+    """Lower case, single spaces, no punctuation at the end except a closing bracket or quote."""
+    text = " ".join(unicodedata.normalize("NFC", text).casefold().split())
+    return text.rstrip(".!?;:, ") or text
+
+
+def item_id(text: str) -> str:
+    """The id that all spellings of one line share."""
+    return digest(normalised(text))
+
+
+def similarity(a: str, b: str) -> float:
+    """Share of common words of two lines (Jaccard) in [0, 1]; 0 if they differ in markup, numbers or negations."""
+    a, b = normalised(a), normalised(b)
+    if set(_ANCHOR.findall(a)) != set(_ANCHOR.findall(b)):
+        return 0.0
+    words_a, words_b = set(_WORD.findall(a)), set(_WORD.findall(b))
+    if not words_a or not words_b:
+        return float(a == b)
+    return len(words_a & words_b) / len(words_a | words_b)
+
+
+def nearest(text: str, known: Iterable[Item], threshold: float = NEAR) -> Item | None:
+    """The known item that says the same as `text`, the most alike first; None if none is alike enough."""
+    id_ = item_id(text)
+    best, best_likeness = None, threshold
+    for item in known:
+        if item.id == id_:
+            return item
+        likeness = similarity(text, item.text)
+        if likeness > best_likeness or (best is None and likeness >= best_likeness):
+            best, best_likeness = item, likeness
+    return best
