@@ -102,9 +102,7 @@ class Renderer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, special tokens left out."""
-        return str(
-            self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        )
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def prefix_ids(self, knowledge: str | None, system: str | None = None) -> list[int]:
         """Leading ids that every prompt with this knowledge (and, if given, this system text) begins with.
@@ -197,9 +195,7 @@ class Renderer:
             )
         except Exception as error:  # templates raise jinja2 errors, and whatever their filters raise
             roles = ", ".join(m.role for m in messages)
-            raise ChatTemplateError(
-                f"the chat template refuses messages of roles {roles}: {error}"
-            ) from error
+            raise ChatTemplateError(f"the chat template refuses messages of roles {roles}: {error}") from error
 
     def _encode(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -1,0 +1,242 @@
+"""An engine in this process: any causal language model that transformers loads, on a CPU or a GPU."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from agent.engines.base import Completion
+from agent.engines.cache import PastStore
+from agent.engines.decode import Decoder, Limits
+from agent.engines.lora import merged
+from agent.engines.sampling import check_sampling
+from agent.episode import SamplingParams
+from agent.errors import CheckpointError, ContextLengthError
+from agent.renderer import Renderer
+
+_FALLBACK_CONTEXT = 4096
+_REUSE_TOKENS = 65_536
+
+
+class TransformersEngine:
+    """Samples with a transformers model. See `agent.engines.base.Engine` for the contract.
+
+    Args:
+        model: a Hugging Face folder or id, or a causal language model that is loaded already.
+        tokenizer: its tokenizer; None loads it from the same folder.
+        name: the base model's name as the user gave it.
+        device: "auto" is the first GPU, or the CPU.
+        dtype: "auto" is bfloat16 where the device computes in it, else float32.
+        max_batch: the most rows decoded together.
+        batch_tokens: the most tokens (rows times the longest row) whose keys and values are held together.
+        reuse_tokens: how many tokens' keys and values are kept between calls, so that the next turn of an
+            episode costs only its new tokens. 0 keeps none.
+        merge: "auto" merges a LoRA adapter into the weights while sampling; False never does.
+
+    Raises:
+        ChatTemplateError: the tokenizer has no usable chat template.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | torch.nn.Module,
+        tokenizer: Any = None,
+        *,
+        name: str,
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "auto",
+        max_batch: int = 64,
+        batch_tokens: int = 131_072,
+        reuse_tokens: int = _REUSE_TOKENS,
+        merge: Literal["auto"] | bool = "auto",
+    ) -> None:
+        self.model = name
+        self.checkpoint: str | None = None
+        self._source = None if isinstance(model, torch.nn.Module) else str(model)
+        self._device = pick_device(device)
+        self._dtype = pick_dtype(dtype, self._device)
+        self._merge = merge is not False
+        self._wrapped = False
+        self._stack = ExitStack()
+        if isinstance(model, torch.nn.Module):
+            self._base: Any = model
+        else:
+            self._base = self._load_weights(str(model))
+        self.network: Any = self._base  # what is sampled from: the base model, or an adapter around it
+        if tokenizer is None:
+            source = self._source or getattr(self._base.config, "_name_or_path", "")
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        self.tokenizer = tokenizer
+        self.renderer = Renderer(tokenizer)
+        self.limits = Limits(max_batch=max_batch, batch_tokens=batch_tokens)
+        self._store = PastStore(reuse_tokens) if reuse_tokens else None
+
+    @classmethod
+    def wrap(cls, model: torch.nn.Module, tokenizer: Any, *, name: str, **options: Any) -> TransformersEngine:
+        """An engine around a model that is being trained, a PEFT model for one: samples from its current weights.
+
+        Every call sees the weights as they are then, leaves them bitwise unchanged, and leaves the model in the
+        mode (train or eval) it was in. `load` is refused.
+        """
+        engine = cls(model, tokenizer, name=name, reuse_tokens=0, **options)
+        engine._wrapped = True
+        return engine
+
+    @property
+    def max_context(self) -> int:
+        """Longest prompt plus completion, in tokens."""
+        config = self.network.config.get_text_config()
+        return int(getattr(config, "max_position_embeddings", None) or _FALLBACK_CONTEXT)
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sequence[SamplingParams]) -> list[Completion]:
+        """Continue every prompt; results in the order of the prompts.
+
+        Raises:
+            ContextLengthError: a prompt plus its max_tokens exceeds max_context.
+            SamplingError: a sampling parameter is out of range.
+            EngineFailedError: the model's logits are not numbers.
+        """
+        for prompt, params in zip(prompts, sampling, strict=True):
+            check_sampling(params)
+            if not prompt:
+                raise ContextLengthError("a prompt is empty; a model needs at least one token to go on from")
+            if len(prompt) + params.max_tokens > self.max_context:
+                raise ContextLengthError(
+                    f"a prompt of {len(prompt)} tokens plus {params.max_tokens} to sample exceeds the "
+                    f"{self.max_context} tokens of {self.model}; shorten the knowledge or lower max_tokens"
+                )
+        if not prompts:
+            return []
+        with self._sampling():
+            return Decoder(self.network, self._stop_ids, self.limits, self._store).run(prompts, sampling)
+
+    def load(self, checkpoint: Path | None) -> None:
+        """Sample from this checkpoint folder from now on; None is the base model.
+
+        A folder with `adapter_config.json` is a LoRA adapter of the base model; one with `config.json` is a whole
+        model. Both in safetensors.
+
+        Raises:
+            CheckpointError: the folder holds neither, or does not fit, or this engine wraps a model in training.
+        """
+        if self._wrapped:
+            raise CheckpointError(
+                "this engine samples from a model that is being trained and cannot load a checkpoint; "
+                "make an engine from the base model instead"
+            )
+        if checkpoint is not None:
+            _check_folder(checkpoint)
+        self._unload()
+        if checkpoint is None:
+            return
+        try:
+            if (checkpoint / "adapter_config.json").is_file():
+                self.network = PeftModel.from_pretrained(self._base, str(checkpoint)).eval()
+                if self._merge:
+                    self._stack.enter_context(merged(self.network))
+            else:
+                if self._source is not None:
+                    self._base = None  # two whole models may not fit; the base is loaded again when asked for
+                self.network = self._load_weights(str(checkpoint))
+        except (ValueError, RuntimeError, OSError, KeyError) as error:
+            self._unload()
+            raise CheckpointError(f"checkpoint {checkpoint} does not fit {self.model}: {error}") from error
+        self.checkpoint = checkpoint.name
+
+    def close(self) -> None:
+        """Free the model's memory. A model that was handed in is left as it was."""
+        self._stack.close()
+        if self._store is not None:
+            self._store.clear()
+        if isinstance(self.network, PeftModel) and not self._wrapped and self._base is not self.network:
+            self.network.unload()
+        self.network = self._base = None
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _unload(self) -> None:
+        self._stack.close()
+        self._stack = ExitStack()
+        if self._store is not None:
+            self._store.clear()
+        if self.network is not self._base and isinstance(self.network, PeftModel):
+            self._base = self.network.unload()
+        self.network = None
+        if self._base is None:
+            self._base = self._load_weights(str(self._source))
+        self.network = self._base
+        self.checkpoint = None
+
+    @property
+    def _stop_ids(self) -> frozenset[int]:
+        generation = getattr(self.network, "generation_config", None)
+        eos = getattr(generation, "eos_token_id", None)
+        extra = eos if isinstance(eos, list) else [] if eos is None else [eos]
+        return self.renderer.stop_ids | frozenset(extra)
+
+    @contextmanager
+    def _sampling(self) -> Iterator[None]:
+        """Eval mode, no gradients, a wrapped adapter merged; everything as before afterwards."""
+        training = [module for module in self.network.modules() if module.training]
+        with ExitStack() as stack:
+            if self._wrapped and self._merge:
+                stack.enter_context(merged(self.network))
+            for module in training:
+                module.training = False
+            try:
+                with torch.inference_mode():
+                    yield
+            finally:
+                for module in training:
+                    module.training = True
+
+    def _load_weights(self, source: str) -> Any:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            source, dtype=self._dtype, use_safetensors=True, trust_remote_code=False
+        )
+        return model.to(self._device).eval()
+
+
+def pick_device(device: str | torch.device = "auto") -> torch.device:
+    """The first GPU where there is one, else the CPU; anything but "auto" is taken as it is."""
+    if device != "auto":
+        return torch.device(device)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """bfloat16 where `device` computes in it (GPU, AVX512-BF16, AMX), else float32, unless a dtype is named."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype != "auto":
+        found = getattr(torch, dtype, None)
+        if not isinstance(found, torch.dtype):
+            raise CheckpointError(f"unknown dtype {dtype!r}; use auto, bfloat16, float16 or float32")
+        return found
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    able = torch.cpu.get_capabilities()
+    return torch.bfloat16 if able.get("avx512_bf16") or able.get("amx_bf16") else torch.float32
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse a folder that is not a checkpoint, before anything is unloaded."""
+    if not folder.is_dir():
+        raise CheckpointError(f"checkpoint folder {folder} does not exist")
+    for config, weights in (("adapter_config.json", "adapter_model"), ("config.json", "model")):
+        if (folder / config).is_file():
+            if not any(folder.glob(f"{weights}*.safetensors")):
+                raise CheckpointError(f"{folder} has {config} but no {weights}.safetensors")
+            try:
+                json.loads((folder / config).read_text())
+            except ValueError as error:
+                raise CheckpointError(f"{folder / config} is not JSON: {error}") from error
+            return
+    raise CheckpointError(f"{folder} holds neither adapter_config.json (LoRA) nor config.json (full weights)")
