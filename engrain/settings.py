@@ -1,0 +1,50 @@
+"""What the environment says: where Engrain keeps its things. Read at every call, so tests and shells may change it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from agent.models.paths import engrain_home
+
+
+class Settings(BaseSettings):
+    """The settings that hold for every command; each is an environment variable ENGRAIN_<NAME>."""
+
+    model_config = SettingsConfigDict(env_prefix="ENGRAIN_", env_ignore_empty=True, frozen=True)
+
+    home: Path = Field(default_factory=engrain_home)
+    """Folder for models, games, runs and the default store; by default `engrain` in the user's cache folder."""
+
+    store: str = ""
+    """Database of episodes, items, rounds: a SQLite file or a postgresql:// URL; by default `<home>/engrain.db`."""
+
+    debug: bool = False
+    """Show tracebacks instead of one-line errors."""
+
+    @field_validator("home")
+    @classmethod
+    def _absolute(cls, home: Path) -> Path:
+        return home.expanduser().absolute()
+
+
+def home() -> Path:
+    """The folder for everything Engrain keeps. It may not exist yet.
+
+    Raises:
+        pydantic.ValidationError: an ENGRAIN_ variable has an impossible value; so do the functions below.
+    """
+    return Settings().home
+
+
+def default_store_url() -> str:
+    """The store to open when the command line names none: ENGRAIN_STORE, or a SQLite file in `home()`."""
+    settings = Settings()
+    return settings.store or f"sqlite:///{settings.home / 'engrain.db'}"
+
+
+def runs_dir() -> Path:
+    """The folder that holds one folder a run. It may not exist yet."""
+    return home() / "runs"
