@@ -111,11 +111,13 @@ def _boxed(text: str) -> str | None:
 def _anywhere(text: str, numeric: bool) -> str | None:
     if boxed := _boxed(text):
         return boxed
-    stated = [found.strip().strip("*$` ").rstrip(".!") for found in _ANSWER_IS.findall(text)]
+    stated: list[str] = [found.strip().strip("*$` ").rstrip(".!") for found in _ANSWER_IS.findall(text)]
     if numeric:
-        places = [*stated[-1:], text]
-        numbers = (_NUMBER.findall(place) for place in places)
-        return next((found[-1].rstrip(",") for found in numbers if found), None)
+        _, equals, right = stated[-1].rpartition("=") if stated else ("", "", "")
+        # "The answer is 12 because 3 times 4" gives 12, "the answer is 3 * 4 = 12" too.
+        said = _NUMBER.findall(right)
+        numbers = (said if equals else said[:1]) or _NUMBER.findall(text)
+        return str(numbers[-1]).rstrip(",") if numbers else None
     if stated:
         return stated[-1]
     lines = [line.strip() for line in text.splitlines() if line.strip()]

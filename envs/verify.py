@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -41,13 +42,16 @@ class _Worker:
         command = [sys.executable, "-P", str(script), str(memory_bytes), str(seconds)]
         self._seconds = seconds
         self._ready = False
-        self._process = subprocess.Popen(
+        self._process = subprocess.Popen(  # noqa: S603 - our own script, no shell
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
         )
+        if self._process.stdin is None or self._process.stdout is None:
+            raise EnvFailedError("the answer checker has no pipes")
+        self._requests, self._replies = self._process.stdin, self._process.stdout
 
     def ask(self, answer: str, expected: str) -> bool | None:
         if not self._ready:
@@ -56,17 +60,15 @@ class _Worker:
                 raise EnvFailedError("the answer checker did not start: is math-verify installed?")
             self._ready = True
         try:
-            assert self._process.stdin is not None
             request = json.dumps({"answer": answer, "expected": expected})
-            self._process.stdin.write(request.encode() + b"\n")
-            self._process.stdin.flush()
+            self._requests.write(request.encode() + b"\n")
+            self._requests.flush()
         except OSError:
             return None
         return {b"1": True, b"0": False}.get(self._line(self._seconds + _GRACE_SECONDS))
 
     def _line(self, seconds: float) -> bytes:
-        assert self._process.stdout is not None
-        descriptor = self._process.stdout.fileno()
+        descriptor = self._replies.fileno()
         deadline = time.monotonic() + seconds
         line = b""
         while not line.endswith(b"\n"):
@@ -81,12 +83,9 @@ class _Worker:
 
     def kill(self) -> None:
         self._process.kill()
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                try:
-                    pipe.close()
-                except OSError:
-                    continue
+        for pipe in (self._requests, self._replies):
+            with suppress(OSError):
+                pipe.close()
         self._process.wait()
 
 

@@ -1,0 +1,105 @@
+"""Game files that TextWorld generates, cached by their parameters.
+
+A game's files are made in a temporary folder and moved into place in one step: two processes that make the same game
+at once both end with one whole game.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import threading
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from platformdirs import user_cache_path
+
+from envs.errors import BadTaskError, EnvFailedError
+
+#: TextWorld keeps parsers and knowledge bases in module state: one thread at a time may be inside it. It is pure
+#: Python between calls of the interpreter that take microseconds, so nothing is lost by it.
+TEXTWORLD_LOCK = threading.RLock()
+
+
+def games_folder() -> Path:
+    """Where games are kept: `games/` under ENGRAIN_HOME, else under the user's cache folder."""
+    home = os.environ.get("ENGRAIN_HOME")
+    return (Path(home).expanduser() if home else user_cache_path("engrain")) / "games"
+
+
+def game_file(kind: str, settings: Mapping[str, Any], seed: int) -> Path:
+    """The `.z8` file of a game, generated (one to four seconds) where it is not cached.
+
+    Args:
+        kind: `cooking`, `coin_collector` or `custom`.
+        settings: what `tw-make` takes for that kind.
+        seed: decides everything that the settings leave open.
+
+    Raises:
+        BadTaskError: TextWorld cannot make a game of these settings.
+        EnvFailedError: the cache folder cannot be written or the game does not compile.
+    """
+    content = json.dumps([kind, dict(settings), seed, _version()], sort_keys=True)
+    folder = games_folder() / f"{kind}-{hashlib.sha256(content.encode()).hexdigest()[:20]}"
+    file = folder / "game.z8"
+    if file.is_file():
+        return file
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        made = Path(tempfile.mkdtemp(prefix=".making-", dir=folder.parent))
+    except OSError as error:
+        raise EnvFailedError(f"cannot write games to {folder.parent}: {error}; set ENGRAIN_HOME") from error
+    try:
+        _generate(kind, settings, seed, made / "game.z8")
+        try:
+            made.replace(folder)
+        except OSError:
+            if not file.is_file():  # another process may have been first; anything else is a fault
+                raise
+    except OSError as error:
+        raise EnvFailedError(f"cannot write games to {folder.parent}: {error}; set ENGRAIN_HOME") from error
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+    return file
+
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    return version("textworld")
+
+
+def _generate(kind: str, settings: Mapping[str, Any], seed: int, file: Path) -> None:
+    with TEXTWORLD_LOCK:
+        warnings.filterwarnings("ignore", module=r"(textworld|tatsu|jericho)")
+        import textworld
+        from textworld.challenges import CHALLENGES
+        from textworld.generator import compile_game, make_game
+        from textworld.generator.inform7 import CouldNotCompileGameError
+
+        options = textworld.GameOptions()
+        options.seeds = seed
+        options.path = str(file)
+        options.file_ext = file.suffix
+        try:
+            if kind == "custom":
+                options.nb_rooms = settings["world_size"]
+                options.nb_objects = settings["nb_objects"]
+                length = settings["quest_length"]
+                options.chaining.min_length = options.chaining.max_length = length
+                options.chaining.max_depth = length
+                game = make_game(options)
+            else:
+                _, make, _ = CHALLENGES[f"tw-{kind}"]
+                game = make(dict(settings), options)
+        except Exception as error:
+            raise BadTaskError(f"TextWorld makes no {kind} game of {dict(settings)}: {error!r}") from error
+        try:
+            compile_game(game, options)
+        except (CouldNotCompileGameError, AssertionError) as error:
+            raise EnvFailedError(f"a {kind} game of seed {seed} does not compile: {error}") from error
