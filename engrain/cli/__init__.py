@@ -97,9 +97,12 @@ app = typer.Typer(
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version
+        from importlib.metadata import PackageNotFoundError, version
 
-        typer.echo(f"engrain {version('engrain')}")
+        try:
+            typer.echo(f"engrain {version('engrain')}")
+        except PackageNotFoundError:
+            typer.echo("engrain, run from a source tree that is not installed")
         raise typer.Exit
 
 
