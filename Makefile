@@ -1,0 +1,54 @@
+# Everything runs in a virtual environment of its own, .venv; it is made on first use and brought up to date only
+# when pyproject.toml changes. Another Python: make demo PYTHON=python3.12
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
+
+.PHONY: demo test lint clean help
+
+help:
+	@echo "make demo   one full round of self-improvement with a real model, about 10 minutes on 2 cores"
+	@echo "make test   lint, types, import layers and all tests"
+	@echo "make lint   ruff, mypy and import-linter only"
+	@echo "make clean  remove .venv (fetched models stay: engrain model rm)"
+
+demo: $(VENV)/.installed
+	$(BIN)/engrain improve --demo
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf $(VENV)
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		echo "error: Engrain needs Python 3.11 or newer, and '$(PYTHON)' is $$($(PYTHON) --version 2>&1 || true);" \
+			"try: make $(or $(MAKECMDGOALS),demo) PYTHON=python3.12" >&2; exit 1; }
+	@echo "making $(VENV)"
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+		echo "error: '$(PYTHON) -m venv' failed; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+
+# A stamp is written last, so an installation that was cut off is taken up again.
+$(VENV)/.torch: pyproject.toml scripts/install_torch.sh | $(BIN)/python
+	@scripts/install_torch.sh $(BIN)/python '$(TORCH)'
+	@touch $@
+
+$(VENV)/.installed: pyproject.toml $(VENV)/.torch
+	@echo "installing engrain and what it needs"
+	@$(PIP) install --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml $(VENV)/.torch
+	@echo "installing engrain, what it needs and the tools that check it"
+	@$(PIP) install --editable '.[dev]'
+	@touch $@ $(VENV)/.installed
