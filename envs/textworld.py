@@ -29,6 +29,9 @@ _FORBIDDEN = re.compile(
 _BANNER_LINE = re.compile(r"^(?=.*[$\\]|.*__)[ $|\\/_<>]+$", re.MULTILINE)
 _PROMPT_LINE = re.compile(r"\n?^>[^\n]*\Z", re.MULTILINE)
 _MENU_LINE = re.compile(r"^Would you like to RESTART[^\n]*$", re.MULTILINE)
+#: How Inform's library ends a story, and tells the score then: all there is to go by in a game of unknown make.
+_ENDING = re.compile(r"^\s*\*\*\*\s*(.{1,80}?)\s*\*\*\*\s*$", re.MULTILINE)
+_FINAL_SCORE = re.compile(r"scored (-?\d+) (?:points? )?out of a possible (\d+)")
 #: TextWorld's own food splits; its out-of-distribution games use unseen food too.
 _FOOD_SPLITS = {Split.TRAIN: "train", Split.VALIDATION: "valid", Split.TEST: "test", Split.OOD: "test"}
 
@@ -179,10 +182,10 @@ class TextWorldEnv(Env):
                     raise EnvFailedError(
                         f"the game of task {self.task.id} crashed at {command!r}: {error!r}"
                     ) from error
-                self._read(state)
+                ended = self._read(state) or bool(ended)
                 observation = self._observe(state)
-        self._over = bool(ended) or self._won or self._turn >= self.max_turns
-        feedback = self._verdict(bool(ended)) if self._over else ""
+        self._over = ended or self._turn >= self.max_turns
+        feedback = self._verdict(ended) if self._over else ""
         return Step(observation, self.score - before, self._over, feedback)
 
     @property
@@ -215,12 +218,20 @@ class TextWorldEnv(Env):
             raise BadTaskError(f"task {self.task.id}: {file} is not the file that the task was made from")
         return file
 
-    def _read(self, state: Any) -> None:
-        self._points = int(state.score or 0)
-        self._best = int(state.max_score or 0)
-        self._won = bool(state.won)
+    def _read(self, state: Any) -> bool:
+        """Take over the score; whether the game says that it has ended."""
         commands = state.admissible_commands
         self._commands = tuple(commands) if commands else None
+        if state.won is not None:
+            self._points, self._best = int(state.score or 0), int(state.max_score or 0)
+            self._won = bool(state.won)
+            return self._won or bool(state.lost)
+        text = state.feedback or ""
+        if told := _FINAL_SCORE.search(text):
+            self._points, self._best = int(told[1]), int(told[2])
+        ending = _ENDING.search(text)
+        self._won = ending is not None and ("won" in ending[1] or ending[1] == "The End")
+        return ending is not None
 
     def _observe(self, state: Any) -> Observation:
         return Observation(self._with_commands(clean(state.feedback or "")), self._commands)

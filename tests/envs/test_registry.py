@@ -43,7 +43,7 @@ def test_the_registry_imports_no_game_library():
 @pytest.mark.parametrize(("name", "options"), CASES)
 def test_splits_share_no_task_whatever_the_seed(name, options):
     world = registry.world(name, options)
-    size = 12
+    size = 8
     pools = {split: [task for seed in (0, 1, 7) for task in world.tasks(split, size, seed)] for split in Split}
     for split, tasks in pools.items():
         assert all(task.env == name and task.split is split for task in tasks)

@@ -1,6 +1,11 @@
 import json
-import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -15,15 +20,19 @@ from envs.textworld import clean, command_of
 KINDS = [{}, {"game": "coin_collector"}, {"game": "custom"}]
 
 
-def walkthrough(env):
-    """The game's own `policy_commands`."""
+@cache
+def _policy(file):
     import textworld
 
-    env.reset()
-    game = textworld.start(str(env._file()), textworld.EnvInfos(policy_commands=True))
+    game = textworld.start(str(file), textworld.EnvInfos(policy_commands=True))
     commands = game.reset().policy_commands
     game.close()
     return commands
+
+
+def walkthrough(env):
+    """The game's own `policy_commands`."""
+    return _policy(env._file())
 
 
 def play(env, commands):
@@ -103,18 +112,33 @@ def test_many_at_once_play_as_alone():
     assert said == alone
 
 
-def _make_game(home):
-    import os
+def test_two_processes_make_the_same_game_at_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("ENGRAIN_HOME", str(tmp_path))
+    code = "from envs.games import game_file; print(game_file('coin_collector', {'level': 1}, 4242))"
+    path = {"PYTHONPATH": str(Path.cwd())}
+    other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=os.environ | path)
+    mine = game_file("coin_collector", {"level": 1}, 4242)
+    said, _ = other.communicate(timeout=120)
+    assert other.returncode == 0
+    assert said.strip() == str(mine)
+    assert [entry.name for entry in (tmp_path / "games").iterdir()] == [mine.parent.name]
 
-    os.environ["ENGRAIN_HOME"] = home
-    return game_file("coin_collector", {"level": 1}, 4242).read_bytes()
 
+def test_the_slower_of_two_makers_keeps_the_first_ones_game(tmp_path, monkeypatch):
+    monkeypatch.setenv("ENGRAIN_HOME", str(tmp_path))
 
-def test_two_processes_make_the_same_game_at_once(tmp_path):
-    with multiprocessing.get_context("spawn").Pool(2) as pool:
-        first, second = pool.map(_make_game, [str(tmp_path)] * 2)
-    assert first == second
-    assert [path.name[:15] for path in (tmp_path / "games").iterdir()] == ["coin_collector-"]
+    def overtaken(kind, settings, seed, file):
+        file.write_text("second")
+        folder = next(iter(expected))
+        folder.mkdir()
+        (folder / "game.z8").write_text("first")
+
+    monkeypatch.setattr(games, "_generate", lambda kind, settings, seed, file: file.write_text("x"))
+    expected = [game_file("custom", {}, 1).parent]
+    shutil.rmtree(expected[0])
+    monkeypatch.setattr(games, "_generate", overtaken)
+    assert game_file("custom", {}, 1).read_text() == "first"
+    assert [entry.name for entry in (tmp_path / "games").iterdir()] == [expected[0].name]
 
 
 def test_games_are_cached_and_failures_leave_nothing(monkeypatch):
@@ -140,6 +164,7 @@ def test_a_game_file_plays_by_its_path(tmp_path):
     transcript = play(env, commands)
     assert env.success
     assert env.score == 1
+    assert transcript[-1].feedback == "You won. Score: 1 of 1."
     assert "$" not in transcript[0]
     with pytest.raises(UsageError, match="one task, in split 'test'"):
         world.tasks(Split.TRAIN, 1)
