@@ -17,30 +17,30 @@ fi
 
 if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then
     echo "NVIDIA GPU found: installing $torch with CUDA"
-    exec "${pip[@]}" install --quiet "$torch"
+    exec "${pip[@]}" install -qq "$torch"
 fi
 
 # macOS has no other build than the one we want.
 if [ "$(uname -s)" = Darwin ]; then
-    exec "${pip[@]}" install --quiet "$torch"
+    exec "${pip[@]}" install -qq "$torch"
 fi
 
 # 1. The user's own pip configuration may already lead to a CPU build (its version ends in +cpu): ask without
 #    installing anything.
-offered=$("${pip[@]}" install --quiet --dry-run --no-deps --ignore-installed --report - "$torch" 2>/dev/null |
+offered=$("${pip[@]}" install -qq --dry-run --no-deps --ignore-installed --report - "$torch" 2>/dev/null |
     "$python" -c 'import json, sys; print(json.load(sys.stdin)["install"][0]["metadata"]["version"])' 2>/dev/null || true)
 if [[ $offered == *+cpu ]]; then
     echo "no NVIDIA GPU: installing torch $offered from your package index"
-    exec "${pip[@]}" install --quiet "torch==$offered"
+    exec "${pip[@]}" install -qq "torch==$offered"
 fi
 
 # 2. uv knows where PyTorch publishes its CPU builds.
 echo "no NVIDIA GPU: looking for the CPU build of $torch"
-if "${pip[@]}" install --quiet uv &&
+if "${pip[@]}" install -qq uv &&
     "$python" -m uv pip install --quiet --python "$python" --torch-backend=cpu "$torch" 2>/dev/null; then
     exit 0
 fi
 
 # 3. The ordinary build runs on CPUs too; it is only larger.
 echo "the CPU build cannot be reached: installing the ordinary $torch (larger, works the same)"
-exec "${pip[@]}" install --quiet "$torch"
+exec "${pip[@]}" install -qq "$torch"

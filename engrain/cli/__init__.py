@@ -157,6 +157,7 @@ def _debugging() -> bool:
 
 def _terminated(signum: int, frame: object) -> NoReturn:
     """End by unwinding, so that half-made files are removed; exit code as the shell expects it."""
+    print("stopped: terminated; run the same command again to go on", file=sys.stderr)
     raise SystemExit(128 + signum)
 
 
