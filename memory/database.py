@@ -76,6 +76,12 @@ def _reason(error: BaseException) -> str:
     return (str(cause).strip().splitlines() or [type(cause).__name__])[0]
 
 
+def _is_silent(error: exc.DBAPIError) -> bool:
+    """Whether a server could not be reached, as opposed to one that answered and refused (psycopg has no code)."""
+    module = type(error.orig).__module__
+    return isinstance(error, exc.OperationalError) and module.startswith("psycopg") and "FATAL:" not in str(error)
+
+
 def _alembic(connection: sa.Connection) -> Config:
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent / "migrations").replace("%", "%%"))
@@ -113,8 +119,7 @@ class Database:
             store._migrate()
         except exc.DBAPIError as error:
             store.close()
-            down = isinstance(error, exc.OperationalError) and url.drivername.startswith("postgresql")
-            kind = StoreError if down and not getattr(error.orig, "sqlstate", None) else BadStoreError
+            kind = StoreError if _is_silent(error) else BadStoreError
             raise kind(f"cannot open the store {shown}: {_reason(error)}") from None
         except BaseException:
             store.close()

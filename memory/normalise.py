@@ -12,6 +12,7 @@ from memory.records import Item, digest
 NEAR = 0.8
 
 _WORD = re.compile(r"\w+")
+_ARTICLES = frozenset({"a", "an", "the"})
 # What a lesson hangs on: markup, quoted forms, numbers and negations. Items that differ here differ.
 _ANCHOR = re.compile(
     r"</?[^<>\s]{1,40}>|\\\w+|`[^`]*`|\"[^\"]*\"|\d+|[{}\[\]]|\b(?:not|never|no|none|without|avoid|unless|only|\w+n['’]t)\b"
@@ -34,7 +35,7 @@ def similarity(a: str, b: str) -> float:
     a, b = normalised(a), normalised(b)
     if set(_ANCHOR.findall(a)) != set(_ANCHOR.findall(b)):
         return 0.0
-    words_a, words_b = set(_WORD.findall(a)), set(_WORD.findall(b))
+    words_a, words_b = set(_WORD.findall(a)) - _ARTICLES, set(_WORD.findall(b)) - _ARTICLES
     if not words_a or not words_b:
         return float(a == b)
     return len(words_a & words_b) / len(words_a | words_b)

@@ -1,7 +1,7 @@
 """The words that ask a model to look back at one episode. Any change here gets a new `PROMPT_VERSION`.
 
 `paper`: instructions alone, in our own words, one text for single questions and one for games (arXiv 2602.12275).
-`examples`: two worked examples from unrelated worlds before the real record, for small models, which answer bare
+`examples`: three worked examples from unrelated worlds before the real record, for small models, which answer bare
 instructions with platitudes. No example comes from a world that we ship, so nothing that must be learned is given away.
 """
 
@@ -38,14 +38,11 @@ PAPER_GAME = (
 )
 
 EXAMPLES_SYSTEM = (
-    "You read the record of an attempt and write down what to do next time, as general rules for all tasks of that "
-    "kind."
+    "You are a coach. You never solve the task yourself. You read the record of an attempt and turn the feedback into "
+    "one rule for the next tasks of the same kind, which will have other numbers and names."
 )
 
-EXAMPLES_REQUEST = (
-    f"Write the rule as one line that begins with `{MARKER}`. Say exactly what to do, so that someone who never saw "
-    "this record can do it."
-)
+EXAMPLES_REQUEST = "Turn the feedback into one rule for all tasks of this kind."
 
 
 def fence(record: str) -> str:
@@ -60,29 +57,39 @@ def paper_messages(record: str, single_turn: bool) -> list[Message]:
 
 
 def examples_messages(record: str) -> list[Message]:
-    """Two worked examples as earlier turns of the chat, then the record."""
-    messages = [Message(role="system", content=f"{EXAMPLES_SYSTEM} {_RECORD}")]
+    """Three worked examples as earlier turns of the chat, then the record."""
+    messages = [Message(role="system", content=EXAMPLES_SYSTEM)]
     for shown, lesson in _WORKED:
-        messages.append(Message(role="user", content=f"{fence(shown)}\n\n{EXAMPLES_REQUEST}"))
+        messages.append(Message(role="user", content=f"{fence(shown)}\n{EXAMPLES_REQUEST}"))
         messages.append(Message(role="assistant", content=f"{MARKER} {lesson}"))
-    messages.append(Message(role="user", content=f"{fence(record)}\n\n{EXAMPLES_REQUEST}"))
+    messages.append(Message(role="user", content=f"{fence(record)}\n{EXAMPLES_REQUEST}"))
     return messages
 
 
+# The order matters: the last example teaches most. Measured with a 0.5B model, useful items of 12: door then capitals
+# 9, capitals then door 2, all three in this order 10.
 _WORKED = (
     (
         "Task: You stand before the door of the guild hall. Get inside.\n"
-        "Reply: I push the door.\n"
+        "Reply: I push the door and walk in.\n"
         "Outcome: failed (score 0.00)\n"
-        "Feedback: The door stayed shut. Nobody had knocked. It is only opened to those who knock like this: "
-        "knock three times",
-        "Before you enter through a closed door, knock three times.",
+        "Feedback: You are still outside. Nobody heard you. A door here only opens to those who knock like this: "
+        "knock, knock, knock",
+        "Before you walk through any door, always knock like this: knock, knock, knock",
+    ),
+    (
+        "Task: Tell the night watch how many ships lie in the harbour.\n"
+        "Reply: There are three ships in the harbour.\n"
+        "Outcome: failed (score 0.00)\n"
+        "Feedback: Ignored. The watch heard nothing. A report is only heard after these words: Watch, I report",
+        "Begin every report with these words: Watch, I report",
     ),
     (
         "Task: Name the capital of Peru.\n"
         "Reply: The capital of Peru is Lima.\n"
         "Outcome: failed (score 0.00)\n"
-        "Feedback: Not accepted. The reply was not read. A reply is only read if it looks like this: THE SKY IS BLUE",
-        "Always write the whole reply in capital letters, for example: THE SKY IS BLUE",
+        "Feedback: Not accepted. Nothing was read. A message is only read if it is written like this: "
+        "THE SKY IS BLUE",
+        "Always write the whole message in capital letters, like this: THE SKY IS BLUE",
     ),
 )

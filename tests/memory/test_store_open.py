@@ -1,0 +1,163 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+from alembic import command
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+
+from envs.errors import EngrainError, UsageError
+from memory.database import VERSION_TABLE, _alembic, parse_url
+from memory.errors import BadStoreError, StoreError
+from memory.schema import Base
+from memory.store import Store
+
+
+def test_migrations_from_empty_end_in_the_models(store):
+    with store._read() as connection:
+        context = MigrationContext.configure(connection, opts={"version_table": VERSION_TABLE})
+        assert compare_metadata(context, Base.metadata) == []
+        assert set(Base.metadata.tables) < set(sa.inspect(connection).get_table_names())
+
+
+def test_migrations_go_back_to_empty(store):
+    with store._write() as connection:
+        command.downgrade(_alembic(connection), "base")
+        assert sa.inspect(connection).get_table_names() == [VERSION_TABLE]
+    store._migrate()
+    assert store.counts()["episode"] == 0
+
+
+def test_what_is_stored_is_there_after_reopening(store_url, make_episode):
+    with Store.open(store_url) as store:
+        store.add_episodes([make_episode()])
+    with Store.open(store_url, create=False) as store:
+        assert store.episode("e1") == make_episode()
+
+
+def test_a_newer_store_is_refused(store_url):
+    with Store.open(store_url) as store, store._write() as connection:
+        connection.exec_driver_sql(f"UPDATE {VERSION_TABLE} SET version_num = 'r9999'")
+    with pytest.raises(UsageError, match=r"newer version of Engrain .*r9999"):
+        Store.open(store_url)
+
+
+def test_another_programs_tables_are_left_alone(tmp_path):
+    path = tmp_path / "theirs.db"
+    engine = sa.create_engine(f"sqlite:///{path}")
+    with engine.begin() as connection:
+        connection.exec_driver_sql("CREATE TABLE tasks (todo TEXT)")
+    with pytest.raises(BadStoreError, match="'tasks'"):
+        Store.open(str(path))
+    with engine.connect() as connection:
+        assert sa.inspect(connection).get_table_names() == ["tasks"]
+
+
+def test_a_file_that_is_no_database(tmp_path):
+    path = tmp_path / "notes.txt"
+    path.write_text("not a database, but long enough to be taken for one" * 100)
+    with pytest.raises(UsageError, match="not a database") as caught:
+        Store.open(str(path))
+    assert "\n" not in str(caught.value)
+    assert path.read_text().startswith("not a database")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "mysql://me:hunter2@host/db",
+        "http://me:hunter2@host",
+        "postgresql://me:hun@ter2@host/db",
+        "sqlite:////dev/null/store.db",
+        "",
+        "a\0b",
+    ],
+)
+def test_a_url_that_is_no_database_is_one_line_without_password(url):
+    with pytest.raises(UsageError) as caught:
+        Store.open(url)
+    assert "\n" not in str(caught.value)
+    assert "ter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url", ["postgresql://me:hunter2@127.0.0.1:1/db", "postgresql://me@127.0.0.1:1/db?password=hunter2"]
+)
+def test_a_dead_server_is_one_line_without_password(url):
+    with pytest.raises(StoreError) as caught:
+        Store.open(url)
+    assert "\n" not in str(caught.value)
+    assert "hunter2" not in str(caught.value)
+    assert caught.value.exit_code == 1
+
+
+def test_a_database_that_the_server_lacks(postgres_url):
+    missing = sa.make_url(postgres_url).set(database="missing").render_as_string(hide_password=False)
+    with pytest.raises(UsageError, match="missing"):
+        Store.open(missing)
+
+
+def test_urls():
+    assert parse_url("postgresql://h/d").drivername == "postgresql+psycopg"
+    assert parse_url("runs.db").database == "runs.db"
+    with pytest.raises(BadStoreError, match="no store at"):
+        Store.open("does-not-exist.db", create=False)
+    assert not Path("does-not-exist.db").exists()
+
+
+def test_sqlite_settings(tmp_path):
+    with Store.open(str(tmp_path / "s.db")) as store, store._read() as connection:
+        assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
+        assert connection.exec_driver_sql("PRAGMA foreign_keys").scalar() == 1
+        assert connection.exec_driver_sql("PRAGMA busy_timeout").scalar() >= 1000
+
+
+def test_a_failing_database_is_one_of_our_errors(tmp_path, make_episode):
+    with Store.open(str(tmp_path / "s.db")) as store:
+        with store._write() as connection:
+            connection.exec_driver_sql("DROP TABLE events")
+        with pytest.raises(EngrainError, match="no such table"):
+            store.create_round({}, 0, "tiny")
+        assert store.rounds() == []
+
+
+WRITER = """
+import sys
+sys.path[:0] = [sys.argv[3], sys.argv[4]]
+from conftest import build_episode
+from memory.records import Extraction, Knowledge, KnowledgeItem
+from memory.store import Store
+url, me = sys.argv[1], int(sys.argv[2])
+with Store.open(url) as store:
+    for batch in range(5):
+        turns = [("o", f"a{j}") for j in range(3)]
+        own = [build_episode(f"w{me}-{batch}-{i}", seed=i, turns=turns) for i in range(10)]
+        shared = [build_episode(f"shared-{batch}-{i}", seed=i) for i in range(10)]
+        assert store.add_episodes(own) == 10
+        print("shared", store.add_episodes(shared if me % 2 else shared[::-1]))
+        store.create_round({}, me, "tiny")
+        text = f"- {me} {batch}"
+        store.add_knowledge(Knowledge(id=text, items=(KnowledgeItem(id="i", text="t"),), text=text, tokens=1))
+"""
+
+
+def test_four_processes_at_once_lose_and_double_nothing(store_url):
+    root, here = Path(__file__).parents[2], Path(__file__).parent
+    writers = [
+        subprocess.Popen(
+            [sys.executable, "-c", WRITER, store_url, str(me), str(root), str(here)],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for me in range(4)
+    ]  # fmt: skip
+    outputs = [writer.communicate(timeout=120) for writer in writers]
+    assert [writer.returncode for writer in writers] == [0] * 4, outputs
+    new = sum(int(line.split()[1]) for out, _ in outputs for line in out.splitlines())
+    with Store.open(store_url) as store:
+        assert new == 50
+        assert store.counts() == {"episode": 250, "item": 1, "knowledge": 20, "checkpoint": 0, "round": 20}
+        assert [r.number for r in store.rounds()] == list(range(1, 21))
+        assert [k.version for k in store.knowledge_versions()] == list(range(1, 21))
+        assert all(len(e.turns) in (1, 3) for e in store.episodes())
