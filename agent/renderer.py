@@ -68,7 +68,7 @@ class Renderer:
         turns = [
             *self.compose(messages_before),
             Message(role="assistant", content=placeholder),
-            Message(role="user", content=observation_text),
+            Message(role="user", content=self.defuse(observation_text)),
         ]
         ids = self._encode(self._after(self._render_uncached(tuple(turns), True), placeholder))
         start = ids.index(self.end_of_turn) if self.end_of_turn in ids else -1

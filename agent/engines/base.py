@@ -31,9 +31,7 @@ class Engine(Protocol):
     #: Longest prompt plus completion, in tokens.
     max_context: int
 
-    def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: Sequence[SamplingParams]
-    ) -> list[Completion]:
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sequence[SamplingParams]) -> list[Completion]:
         """Continue every prompt; results in the order of the prompts.
 
         Raises:

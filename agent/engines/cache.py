@@ -41,7 +41,7 @@ class _Layer(DynamicLayer):  # type: ignore[no-untyped-call]
         else:
             width = self.width + key_states.shape[-2]
             if width > self.keys.shape[-2]:
-                self.place(*self.used())
+                self.place(*self.used(), spare=key_states.shape[-2] + _SPARE)
             self.keys[:, :, self.width : width] = key_states
             self.values[:, :, self.width : width] = value_states
             self.width = width
