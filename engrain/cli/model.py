@@ -45,12 +45,13 @@ def resolve_with_bar(model: str) -> Path:
         stage = ""
 
         def show(name: str, done: int, total: int) -> None:
-            nonlocal stage
+            nonlocal stage, task
             if name != stage:
-                stage = name
                 if not console.is_terminal:
                     console.print(f"{name} …")
-                bars.reset(task, description=name, total=None)
+                # A new task, because rich keeps a total once it is known.
+                bars.remove_task(task)
+                stage, task = name, bars.add_task(name, total=None)
             # A stage whose end is not in sight yet pulses instead of standing at 0.
             bars.update(task, completed=done, total=total if done else None)
 
