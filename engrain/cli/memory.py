@@ -69,12 +69,24 @@ def _printable(value: object) -> str:
     return escape(text)
 
 
+_WIDE = frozenset({"item", "text", "wording", "why", "verdict", "path"})  # columns that may take several lines
+_ELASTIC = frozenset({"env", "model", "started", "created", "when", "last learned"})  # columns that may be cut short
+
+
+def _short(id_: str | None) -> str:
+    """The beginning of an id, as much as tells ids apart in practice; every command takes it."""
+    return (id_ or "")[:10]
+
+
 def _table(columns: Sequence[str], rows: Iterable[Sequence[object]], empty: str) -> None:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(*("" if cell is None else _printable(cell) for cell in row))
+    cells = [["" if cell is None else _printable(cell) for cell in row] for row in rows]
+    for place, column in enumerate(columns):
+        wide, narrow = column in _WIDE, column in _ELASTIC
+        least = None if wide or narrow else max([len(column), *(len(row[place]) for row in cells)])
+        table.add_column(column, overflow="fold" if wide else "ellipsis", no_wrap=not wide, min_width=least)
+    for row in cells:
+        table.add_row(*row)
     Console().print(table if table.row_count else empty)
 
 
@@ -86,7 +98,7 @@ def _fields(pairs: Sequence[tuple[str, object]]) -> None:
 
 
 def _time(value: Any) -> str:
-    return f"{value:%Y-%m-%d %H:%M:%S}" if value else ""
+    return f"{value:%Y-%m-%d %H:%M}" if value else ""
 
 
 @episodes.command("list")
@@ -121,18 +133,15 @@ def list_episodes(
         _json(rows)
         return
     _table(
-        ("id", "task", "split", "outcome", "score", "turns", "tokens", "checkpoint", "knowledge", "started"),
+        ("id", "env", "outcome", "score", "checkpoint", "knowledge", "started"),
         (
             (
-                r.id,
-                r.task_id,
-                r.split,
-                "solved" if r.success else (r.error and "error") or "failed",
+                _short(r.id),
+                f"{r.env} {r.split}",
+                "error" if r.error else "solved" if r.success else "failed",
                 f"{r.score:.2f}",
-                r.turns,
-                r.tokens,
-                r.checkpoint,
-                r.knowledge,
+                _short(r.checkpoint),
+                _short(r.knowledge),
                 _time(r.started_at),
             )
             for r in rows
@@ -201,7 +210,7 @@ def list_items(
     if as_json:
         _json([{**item.model_dump(mode="json"), "support": item.support} for item in found])
         return
-    rows = ((i.id, i.text, i.status.value, i.support, _time(i.last_seen)) for i in found)
+    rows = ((_short(i.id), i.text, i.status.value, i.support, _time(i.last_seen)) for i in found)
     _table(("id", "item", "status", "episodes", "last learned"), rows, "no items")
 
 
@@ -219,7 +228,7 @@ def show_item(id_: IdArgument, store: StoreOption = None, as_json: JsonOption = 
     _table(
         ("episode", "extraction", "wording", "recalled", "when"),
         (
-            (s.episode_id, s.extraction_id, s.text, "yes" if s.recalled else "", _time(s.created_at))
+            (_short(s.episode_id), _short(s.extraction_id), s.text, "yes" if s.recalled else "", _time(s.created_at))
             for s in item.sources
         ),
         "no sources: given by hand",
@@ -237,7 +246,7 @@ def list_knowledge(store: StoreOption = None, limit: LimitOption = 50, as_json: 
         return
     _table(
         ("version", "id", "items", "tokens", "dropped", "created"),
-        ((k.version, k.id, len(k.items), k.tokens, len(k.dropped), _time(k.created_at)) for k in found),
+        ((k.version, _short(k.id), len(k.items), k.tokens, len(k.dropped), _time(k.created_at)) for k in found),
         "no knowledge",
     )
 
@@ -261,7 +270,7 @@ def show_knowledge(id_: IdArgument, store: StoreOption = None, as_json: JsonOpti
         ]
     )
     Console().print(_printable(found.text), highlight=False)
-    _table(("item", "text"), ((item.id, item.text) for item in found.items), "no items")
+    _table(("item", "text"), ((_short(item.id), item.text) for item in found.items), "no items")
     _evaluations(evaluations)
 
 
@@ -275,7 +284,7 @@ def list_rounds(store: StoreOption = None, limit: LimitOption = 50, as_json: Jso
         return
     _table(
         ("round", "id", "model", "stage", "status", "verdict", "started"),
-        ((r.number, r.id, r.model, r.stage, r.status, r.verdict, _time(r.created_at)) for r in found),
+        ((r.number, _short(r.id), r.model, r.stage, r.status, r.verdict, _time(r.created_at)) for r in found),
         "no rounds",
     )
 
@@ -307,7 +316,7 @@ def show_round(id_: IdArgument, store: StoreOption = None, as_json: JsonOption =
     _evaluations(evaluations)
     _table(
         ("checkpoint", "status", "knowledge", "path"),
-        ((c.id, c.status.value, c.knowledge, c.path) for c in checkpoints),
+        ((_short(c.id), c.status.value, _short(c.knowledge), c.path) for c in checkpoints),
         "no checkpoints",
     )
 
@@ -323,8 +332,8 @@ def _evaluations(evaluations: Sequence[EvaluationRecord]) -> None:
                 f"{e.accuracy:.3f}",
                 f"{e.low:.3f}-{e.high:.3f}",
                 f"{e.successes}/{e.n}",
-                e.checkpoint,
-                e.knowledge,
+                _short(e.checkpoint),
+                _short(e.knowledge),
             )
             for e in evaluations
         ),
