@@ -12,9 +12,7 @@ import pytest
 
 # Read before any test replaces it: where the person who runs the tests keeps fetched models.
 _REAL_HOME = Path(
-    os.environ.get("ENGRAIN_TEST_MODELS")
-    or os.environ.get("ENGRAIN_HOME")
-    or platformdirs.user_cache_path("engrain")
+    os.environ.get("ENGRAIN_TEST_MODELS") or os.environ.get("ENGRAIN_HOME") or platformdirs.user_cache_path("engrain")
 )
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
