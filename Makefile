@@ -30,16 +30,17 @@ lint: $(VENV)/.installed-dev
 clean:
 	rm -rf $(VENV)
 
-$(BIN)/python:
+$(VENV)/.made:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 		echo "error: Engrain needs Python 3.11 or newer, and '$(PYTHON)' is $$($(PYTHON) --version 2>&1 || true);" \
 			"try: make $(or $(MAKECMDGOALS),demo) PYTHON=python3.12" >&2; exit 1; }
 	@echo "making $(VENV)"
-	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	@$(PYTHON) -m venv --clear $(VENV) || { rm -rf $(VENV); \
 		echo "error: '$(PYTHON) -m venv' failed; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@touch $@
 
 # A stamp is written last, so an installation that was cut off is taken up again.
-$(VENV)/.torch: pyproject.toml scripts/install_torch.sh | $(BIN)/python
+$(VENV)/.torch: pyproject.toml scripts/install_torch.sh | $(VENV)/.made
 	@scripts/install_torch.sh $(BIN)/python '$(TORCH)'
 	@touch $@
 
