@@ -52,24 +52,24 @@ def pick(logits_BV: Tensor, sampling: Sequence[SamplingParams], uniforms_B: Tens
 
 
 def _pick(logits_BV: Tensor, sampling: Sequence[SamplingParams], uniforms_B: Tensor) -> tuple[Tensor, Tensor]:
-    top_B1, ids_B1 = logits_BV.max(dim=-1, keepdim=True)
-    shifted_BV = logits_BV - top_B1
-    weights_BV = shifted_BV.exp()
-    log_normalizer_B1 = weights_BV.sum(dim=-1, keepdim=True).log()
+    top_B1 = logits_BV.amax(dim=-1, keepdim=True)
+    weights_BV = logits_BV.sub(top_B1).exp_()
+    log_normalizer_B1 = top_B1 + weights_BV.sum(dim=-1, keepdim=True).log()
     drawn = [row for row, s in enumerate(sampling) if s.temperature > 0]
+    if len(drawn) < len(sampling):
+        ids_B1 = logits_BV.argmax(dim=-1, keepdim=True)
+        weights_BV = weights_BV[drawn]
+    else:
+        ids_B1 = torch.empty(len(drawn), 1, dtype=torch.long, device=logits_BV.device)
     if drawn:
-        temperatures = [sampling[row].temperature for row in drawn]
-        if len(drawn) < len(sampling):
-            weights_BV = weights_BV[drawn]
-        if any(t != 1.0 for t in temperatures):
-            temperature_B1 = torch.tensor(temperatures, device=logits_BV.device).unsqueeze(1)
-            weights_BV = (shifted_BV[drawn] / temperature_B1).exp()
         for i, row in enumerate(drawn):
-            if sampling[row].top_k or sampling[row].top_p < 1:
-                weights_BV[i] = keep_top(weights_BV[i], sampling[row].top_k, sampling[row].top_p)
+            params = sampling[row]
+            if params.temperature != 1.0:
+                weights_BV[i] = logits_BV[row].sub(top_B1[row]).div_(params.temperature).exp_()
+            if params.top_k or params.top_p < 1:
+                weights_BV[i] = keep_top(weights_BV[i], params.top_k, params.top_p)
         ids_B1[drawn] = draw(weights_BV, uniforms_B[drawn].to(logits_BV.device)).unsqueeze(1)
-    logprobs_B1 = shifted_BV.gather(1, ids_B1) - log_normalizer_B1
-    return ids_B1.squeeze(1), logprobs_B1.squeeze(1)
+    return ids_B1.squeeze(1), (logits_BV.gather(1, ids_B1) - log_normalizer_B1).squeeze(1)
 
 
 def draw(weights_BV: Tensor, uniforms_B: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ def draw(weights_BV: Tensor, uniforms_B: Tensor) -> Tensor:
     if vocabulary % _BLOCK:
         weights_BV = torch.nn.functional.pad(weights_BV, (0, _BLOCK - vocabulary % _BLOCK))
     blocks_BNK = weights_BV.view(len(rows), -1, _BLOCK)
-    sums_BN = blocks_BNK.sum(dim=-1, dtype=torch.float64)
+    sums_BN = blocks_BNK.sum(dim=-1).to(torch.float64)
     uniforms_B1 = uniforms_B.to(torch.float64).clamp(0, 1 - 1e-12).unsqueeze(1)
 
     ends_BN = sums_BN.cumsum(dim=-1)
