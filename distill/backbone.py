@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -44,12 +43,6 @@ class Backbone:
     def device(self) -> torch.device:
         """Where inputs must lie."""
         return self.head_VD.device
-
-    def without_adapter(self) -> AbstractContextManager[None]:
-        """Within it the model is its base: how a LoRA student is its own frozen teacher. Nothing for a plain model."""
-        if isinstance(self.model, PeftModel):
-            return cast(AbstractContextManager[None], self.model.disable_adapter())
-        return nullcontext()
 
     def hidden(self, packed: Packed, prefix: DynamicCache | None = None) -> Tensor:
         """Last hidden states of a packed row, T x D, continuing `prefix` if given (which grows by the row)."""

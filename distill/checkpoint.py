@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import PeftModel, set_peft_model_state_dict
 from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from distill.config import LoraSettings
+from distill.adapters import STUDENT
 from distill.errors import CheckpointError
 
 _OPTIMIZER = "optimizer.safetensors"
@@ -61,16 +61,6 @@ def versions() -> dict[str, str]:
     return found
 
 
-def add_lora(model: nn.Module, settings: LoraSettings, seed: int) -> PeftModel:
-    """Put a fresh adapter on all linear layers but the output head; `seed` fixes its start. Its effect is nil."""
-    config = LoraConfig(
-        r=settings.rank, lora_alpha=settings.alpha, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return cast(PeftModel, get_peft_model(cast(Any, model), config))
-
-
 def save_checkpoint(
     folder: Path,
     model: nn.Module,
@@ -91,7 +81,8 @@ def save_checkpoint(
     draft = folder.with_name(f".{folder.name}.{os.getpid()}")
     draft.mkdir()
     try:
-        cast(Any, model).save_pretrained(draft, safe_serialization=True)
+        adapter = {"selected_adapters": [STUDENT]} if isinstance(model, PeftModel) else {}
+        cast(Any, model).save_pretrained(draft, safe_serialization=True, **adapter)
         (draft / "README.md").unlink(missing_ok=True)  # PEFT's model-card template says nothing of this model
         kind = "lora" if isinstance(model, PeftModel) else "full"
         digest = hashlib.sha256(json.dumps([base_model, parent, knowledge, step, seed]).encode())

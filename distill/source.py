@@ -9,11 +9,10 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from agent.rollout import play
-
 from agent.engines.base import Engine
 from agent.episode import Episode, SamplingParams
 from agent.renderer import Renderer
+from agent.rollout import play
 from distill.errors import DistillConfigError
 from distill.packing import Sample
 from envs.base import Task

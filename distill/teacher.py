@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from distill.adapters import teacher_weights
 from distill.backbone import Backbone
 from distill.errors import VocabularyMismatchError
 from distill.packing import Sample, pack
@@ -30,6 +31,10 @@ class Teacher(Protocol):
     @property
     def head_VD(self) -> Tensor:
         """Output head, vocabulary x the teacher's hidden size."""
+        ...
+
+    def prepare(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Told the teacher prompts of a whole batch before they are scored in parts."""
         ...
 
     def hidden(self, samples: Sequence[Sample]) -> Tensor:
@@ -119,18 +124,17 @@ class FrozenTeacher:
         return self.backbone.head_VD
 
     @torch.no_grad()
-    def prepare(self, prompts: Sequence[Sequence[int]]) -> int:
-        """Cache what all prompts of a job have in common, once before its first step; returns its tokens."""
-        if self.cache is None or len(prompts) < 2:
-            return 0
-        with self.backbone.without_adapter():
-            return self.cache.best(prompts)[0]
+    def prepare(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Cache what these prompts have in common, unless that is done already."""
+        if self.cache is not None and len(prompts) > 1:
+            with teacher_weights(self.backbone.model):
+                self.cache.best(prompts)
 
     @torch.no_grad()
     def hidden(self, samples: Sequence[Sample]) -> Tensor:
         """Hidden states at the positions that predict sampled tokens, R x D."""
         prompts = [sample.teacher_prompt for sample in samples]
-        with self.backbone.without_adapter():
+        with teacher_weights(self.backbone.model):
             was_training = self.backbone.model.training
             self.backbone.model.eval()
             length, prefix = self.cache.best(prompts) if self.cache is not None else (0, None)

@@ -131,6 +131,8 @@ class Trainer:
             group["lr"] = rate
         sums, tokens = _Sums(), sum(sample.sampled for sample in samples)
         started = time.perf_counter()
+        self.teacher.prepare([sample.teacher_prompt for sample in samples])
+        sums.seconds_teacher += time.perf_counter() - started
         for part in micro_batches(samples, self.config.micro_batch_tokens):
             loss = self.loss(part, sequences=len(samples), tokens=tokens, sums=sums)
             loss.backward()  # type: ignore[no-untyped-call]

@@ -89,9 +89,9 @@ def paired_gain(before: Sequence[bool], after: Sequence[bool], confidence: float
     rate_a, rate_b = wilson(after, confidence), wilson(before, confidence)
     difference = rate_a.accuracy - rate_b.accuracy
     margins = (both + gained) * (lost + neither) * (both + lost) * (gained + neither)
-    cross = both * neither - gained * lost
+    cross = float(both * neither - gained * lost)
     if cross > 0:  # Newcombe's continuity correction of the correlation
-        cross = max(cross - n / 2, 0)
+        cross = max(cross - n / 2, 0.0)
     phi = cross / math.sqrt(margins) if margins else 0.0
     down_a, up_a = rate_a.accuracy - rate_a.low, rate_a.high - rate_a.accuracy
     down_b, up_b = rate_b.accuracy - rate_b.low, rate_b.high - rate_b.accuracy

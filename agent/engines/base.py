@@ -28,8 +28,11 @@ class Engine(Protocol):
     checkpoint: str | None
     #: The model's own Hugging Face tokenizer, chat template included.
     tokenizer: Any
-    #: Longest prompt plus completion, in tokens.
-    max_context: int
+
+    @property
+    def max_context(self) -> int:
+        """Longest prompt plus completion, in tokens."""
+        ...
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sequence[SamplingParams]) -> list[Completion]:
         """Continue every prompt; results in the order of the prompts.

@@ -29,6 +29,10 @@ class _Entry:
 
 #: Every command, in the order of `engrain --help`.
 COMMANDS: dict[str, _Entry] = {
+    "improve": _Entry("engrain.cli.improve:command", "Learn a world: play, extract, distil, and keep what is better."),
+    "eval": _Entry("engrain.cli.eval:command", "Measure a model on a world, with or without knowledge."),
+    "distill": _Entry("engrain.cli.distill:command", "Bake a knowledge text into the weights."),
+    "play": _Entry("engrain.cli.play:command", "Watch the agent play a world, or play it yourself."),
     "memory": _Entry("engrain.cli.memory:app", "Read what was remembered: episodes, items, knowledge, rounds."),
     "model": _Entry("engrain.cli.model:app", "Fetch, list, show and remove language models."),
     "doctor": _Entry("engrain.cli.doctor:command", "Check that this machine can play, remember and train."),

@@ -1,0 +1,111 @@
+"""`engrain distill`: bake a knowledge text, stored or written by hand, into an adapter; no gate, no other stage."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from engrain.cli.common import (
+    DEFAULT_MODEL,
+    EnvArgument,
+    JsonOption,
+    ModelOption,
+    OptionsOption,
+    SeedOption,
+    StoreOption,
+    find_checkpoint,
+    find_knowledge,
+    open_engine,
+    open_store,
+    world_options,
+)
+
+
+def command(
+    env: EnvArgument,
+    knowledge: Annotated[str, typer.Option("--knowledge", "-k", help="Knowledge version, its id, or a text file.")],
+    out: Annotated[Path, typer.Option(help="Folder of the run; an interrupted run there goes on.")],
+    option: OptionsOption = None,
+    model: ModelOption = DEFAULT_MODEL,
+    parent: Annotated[str | None, typer.Option(help="Checkpoint to go on from, and to be taught by.")] = None,
+    objective: Annotated[str, typer.Option(help="reverse_kl, forward_kl, jsd, skew_kl or topk.")] = "reverse_kl",
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 50,
+    batch_size: Annotated[int, typer.Option(min=1, help="Episodes a step.")] = 16,
+    learning_rate: Annotated[float, typer.Option(min=0.0, help="Of the adapter.")] = 2e-4,
+    rank: Annotated[int, typer.Option(min=1, help="Of the LoRA adapter; its alpha is twice that.")] = 16,
+    tasks: Annotated[int, typer.Option("--tasks", "-n", min=1, help="Training tasks to draw from.")] = 256,
+    validation: Annotated[
+        int, typer.Option(min=0, help="Validation tasks that choose the checkpoint; 0 for none.")
+    ] = 32,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Of the student's samples.")] = 1.0,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens a turn.")] = 256,
+    save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 10,
+    seed: SeedOption = 0,
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """On-policy context distillation of one text. Prints the chosen checkpoint's folder."""
+    from agent.engines.transformers import TransformersEngine
+    from agent.episode import SamplingParams
+    from agent.rollout import play
+    from distill.config import DistillConfig, LoraSettings
+    from engrain.console import ConsoleListener
+    from engrain.consolidate import consolidate
+    from envs import registry
+    from envs.base import Split
+
+    config = DistillConfig.model_validate(
+        {
+            "objective": objective,
+            "steps": steps,
+            "batch_size": batch_size,
+            "learning_rate": learning_rate,
+            "lora": LoraSettings(rank=rank, alpha=2 * rank),
+            "sampling": SamplingParams(temperature=temperature, max_tokens=max_tokens),
+            "save_every": save_every,
+            "seed": seed,
+        }
+    )
+    world = registry.world(env, world_options(option))
+    pool = world.tasks(Split.TRAIN, tasks, seed)
+    held_out = world.tasks(Split.VALIDATION, validation, seed) if validation else []
+    with open_store(store) as memory:
+        text = find_knowledge(knowledge, memory)
+        start = find_checkpoint(parent, memory) if parent else None
+        with open_engine(model) as engine, ConsoleListener(Console(stderr=True), quiet=as_json) as listener:
+
+            def validate(sampler: TransformersEngine, step: int) -> float:
+                greedy = SamplingParams(temperature=0.0, max_tokens=max_tokens)
+                episodes = play(held_out, sampler, sampling=greedy, namespace=f"validate/{step}", seed=seed)
+                accuracy = sum(e.success for e in episodes) / len(episodes)
+                listener.note(f"validation after {step} steps: {accuracy:.2f}")
+                return accuracy
+
+            listener.stage("consolidate", f"OPCD, {objective}, {steps} steps of {batch_size} episodes")
+            fit = consolidate(
+                engine,
+                pool,
+                text,
+                config,
+                out,
+                parent=start,
+                on_step=lambda metrics: listener.step(metrics, steps),
+                validate=validate if held_out else None,
+            )
+    facts = {
+        "checkpoint": str(fit.best),
+        "step": fit.best_step,
+        "validation": fit.validation,
+        "stopped": fit.stopped,
+        "history": [metrics.model_dump() for metrics in fit.history],
+    }
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    if fit.stopped:
+        Console(stderr=True).print(f"stopped early: {fit.stopped}", markup=False)
+    typer.echo(str(fit.best))

@@ -1,0 +1,100 @@
+"""`engrain eval`: how well a model does on a world, bare or with knowledge or a checkpoint; paired where two are named."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from engrain.cli.common import (
+    DEFAULT_MODEL,
+    EnvArgument,
+    JsonOption,
+    ModelOption,
+    OptionsOption,
+    SeedOption,
+    StoreOption,
+    find_checkpoint,
+    find_knowledge,
+    load_checkpoint,
+    open_engine,
+    open_store,
+    world_options,
+)
+from envs.base import Split
+
+
+def command(
+    env: EnvArgument,
+    option: OptionsOption = None,
+    model: ModelOption = DEFAULT_MODEL,
+    knowledge: Annotated[str | None, typer.Option(help="Knowledge version, its id, or a text file.")] = None,
+    checkpoint: Annotated[str | None, typer.Option(help="Checkpoint id from the store, or a folder.")] = None,
+    paired: Annotated[
+        bool, typer.Option("--paired", help="Also play the bare base model, and compare task by task.")
+    ] = False,
+    split: Annotated[Split, typer.Option(help="Which tasks.")] = Split.TEST,
+    tasks: Annotated[int, typer.Option("--tasks", "-n", min=1, help="How many tasks.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens a turn.")] = 256,
+    seed: SeedOption = 0,
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Accuracy with its 95% Wilson interval. Episodes already in the store under the same settings are not played again."""
+    from agent.episode import SamplingParams
+    from engrain.console import ConsoleListener
+    from engrain.evaluate import measure, outcomes, play_stored
+    from engrain.gate import paired_gain
+    from envs import registry
+
+    chosen = registry.world(env, world_options(option)).tasks(split, tasks, seed)
+    sampling = SamplingParams(temperature=temperature, max_tokens=max_tokens)
+    records: dict[str, Any] = {}
+    with open_store(store) as memory:
+        text = find_knowledge(knowledge, memory) if knowledge else None
+        weights = find_checkpoint(checkpoint, memory) if checkpoint else None
+        plain = text is None and weights is None
+        arms = [("base model", None, None)] if paired or plain else []
+        if not plain:
+            arms.append((" + ".join(filter(None, [weights and "checkpoint", text and "knowledge"])), text, weights))
+        with open_engine(model) as engine, ConsoleListener(Console(stderr=True), quiet=as_json) as listener:
+            for name, with_text, with_weights in arms:
+                load_checkpoint(engine, with_weights)
+                settings = [
+                    model,
+                    with_text and with_text.id,
+                    with_weights and with_weights.id,
+                    sampling.model_dump(),
+                    seed,
+                ]
+                episodes = play_stored(
+                    memory,
+                    chosen,
+                    engine,
+                    sampling=sampling,
+                    namespace=f"eval\0{json.dumps(settings)}",
+                    stage="eval",
+                    knowledge=with_text,
+                    seed=seed,
+                    progress=lambda stats, name=name: listener.rollout(name, stats),  # type: ignore[misc]
+                )
+                stored = with_text.id if with_text and with_text.version is not None else None
+                known = with_weights.id if with_weights and with_weights.round_id is not None else None
+                records[name] = memory.add_evaluation(measure("eval", episodes, checkpoint=known, knowledge=stored))
+    gain = paired_gain(*(outcomes(record) for record in records.values())) if len(records) == 2 else None
+    if as_json:
+        facts = {name: record.model_dump(mode="json") for name, record in records.items()}
+        typer.echo(json.dumps({"evaluations": facts, "gain": gain and gain.model_dump()}, indent=2))
+        return
+    view = Table("student", "accuracy", "95% interval", "n", "mean score")
+    for name, record in records.items():
+        interval = f"{record.low:.2f} - {record.high:.2f}"
+        view.add_row(name, f"{record.accuracy:.2f}", interval, str(record.n), f"{record.mean_score:.2f}")
+    console = Console(highlight=False)
+    console.print(view)
+    if gain is not None:
+        console.print(f"paired gain {gain}", markup=False)

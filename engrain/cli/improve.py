@@ -1,0 +1,128 @@
+"""`engrain improve`: one round of self-improvement, from play to a judged checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from engrain.cli.common import (
+    DEFAULT_MODEL,
+    JsonOption,
+    OptionsOption,
+    SeedOption,
+    StoreOption,
+    open_engine,
+    open_store,
+)
+from engrain.cli.common import world_options as parse_options
+from envs.errors import UsageError
+
+
+def command(
+    env: Annotated[str | None, typer.Argument(metavar="[ENV]", help="World to learn; not with --demo.")] = None,
+    option: OptionsOption = None,
+    model: Annotated[str | None, typer.Option("--model", "-m", help="Short name, model folder or hub id.")] = None,
+    demo: Annotated[
+        bool, typer.Option("--demo", help="The demo's world and settings: about ten minutes, 2 cores.")
+    ] = False,
+    config: Annotated[Path | None, typer.Option("--config", help="JSON file with all settings of the round.")] = None,
+    objective: Annotated[
+        str | None, typer.Option(help="reverse_kl (the paper), forward_kl, jsd, skew_kl or topk; on-policy, exact.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Training steps.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Episodes a training step.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Of the LoRA adapter.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Most tokens a turn.")] = None,
+    test_tasks: Annotated[int | None, typer.Option(min=1, help="Held-out tasks that judge the result.")] = None,
+    seed: SeedOption = 0,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Give up an unfinished round instead of going on.")] = False,
+    store: StoreOption = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for report.json and curve.png; the round's own if not given.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Play, extract experience, distil it into the weights, and keep the result only if it is better.
+
+    A round that was interrupted goes on where it stopped when the same command is run again.
+    """
+    from engrain.config import ImproveConfig
+    from engrain.console import ConsoleListener
+    from engrain.demo import demo_config
+    from engrain.loop import Round, open_round
+    from engrain.report import summary, table, write
+    from engrain.settings import runs_dir
+
+    if sum((env is not None, demo, config is not None)) != 1:
+        raise UsageError(
+            "say what to learn: a world (engrain improve math -o convention=json), --demo, or --config FILE"
+        )
+    if config is not None:
+        settings = _read(config)
+    elif demo:
+        settings = demo_config(model=model or DEFAULT_MODEL, seed=seed).model_dump(mode="json")
+    else:
+        world = {"env": env, "options": parse_options(option)}
+        base = ImproveConfig.model_validate({"model": model or DEFAULT_MODEL, "world": world, "seed": seed})
+        settings = base.model_dump(mode="json")
+        settings["evaluation"]["ood"] = [{**world, "split": "ood"}]
+        settings["distill"]["seed"] = seed
+    _override(settings, objective=objective, steps=steps, batch_size=batch_size, learning_rate=learning_rate)
+    if max_tokens is not None:
+        for part in (settings["play"], settings["evaluation"], settings["distill"]):
+            part["sampling"]["max_tokens"] = max_tokens
+    if test_tasks is not None:
+        settings["evaluation"]["test_tasks"] = test_tasks
+    chosen = ImproveConfig.model_validate(settings)
+
+    console = Console(stderr=True)
+    with open_store(store) as memory:
+        record = open_round(memory, chosen, fresh=fresh)
+        folder = runs_dir() / f"round-{record.id}"
+        with open_engine(chosen.model) as engine, ConsoleListener(console, quiet=as_json) as listener:
+            result = Round(memory, engine, chosen, record, folder, listener).run()
+        target = out or folder
+        report = write(result, chosen, target)
+        if as_json:
+            typer.echo(json.dumps(summary(result, chosen), indent=2, ensure_ascii=False))
+            return
+        _print(Console(highlight=False), result, table(result), summary(result, chosen), chosen)
+        console.print(
+            f"[dim]report  {report}\ncurve   {target / 'curve.png'}\nweights {folder}\nstore   {memory.url}[/]"
+        )
+
+
+def _print(console: Console, result: Any, view: Any, facts: dict[str, Any], config: Any) -> None:
+    console.print()
+    if result.evaluations:
+        console.print(view)
+    if result.knowledge is not None:
+        console.print("\n[bold]Knowledge, as the model wrote it and validation chose it[/]")
+        console.print(result.knowledge.text, markup=False)
+    if facts["recovery"] is not None:
+        console.print(f"\nrecovery of the in-context gap: [bold]{facts['recovery']:.0%}[/]")
+    if config.distill.objective != "reverse_kl":
+        console.print(
+            f"objective: {config.distill.objective}, on-policy; the paper's on the same budget: --objective reverse_kl"
+        )
+    word = "[green]promoted[/]" if facts["promoted"] else f"[yellow]{result.status}, not promoted[/]"
+    console.print(f"{word}: {result.reason}")
+    console.print(f"{result.seconds:.0f} s")
+
+
+def _override(settings: dict[str, Any], **given: Any) -> None:
+    settings["distill"] |= {key: value for key, value in given.items() if value is not None}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    from engrain.config import ImproveConfig
+
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config {path} cannot be read: {error}") from error
+    return ImproveConfig.model_validate_json(text).model_dump(mode="json")

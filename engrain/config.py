@@ -1,0 +1,71 @@
+"""Settings of one round, validated at the door. The command line fills in the few that people change."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from agent.episode import SamplingParams
+from distill.config import DistillConfig
+from envs.base import Split
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class WorldSpec(_Frozen):
+    """A world and its options, as `engrain eval ENV -o key=value` takes them."""
+
+    env: str
+    options: Mapping[str, Any] = {}
+
+
+class OodSpec(WorldSpec):
+    """Tasks the agent did not learn on, which must not get worse."""
+
+    split: Split = Split.OOD
+    tasks: int = Field(32, ge=1)
+
+
+class PlayConfig(_Frozen):
+    """Stage 1: what is played to learn from."""
+
+    tasks: int = Field(64, ge=1, description="training tasks played, and the pool that training draws from")
+    episodes: int = Field(16, ge=1, description="of these, played for extraction")
+    sampling: SamplingParams = SamplingParams(temperature=0.7, max_tokens=256)
+
+
+class ExtractConfig(_Frozen):
+    """Stage 2 and 3: how episodes become candidate knowledge."""
+
+    mode: Literal["examples", "paper"] = Field(
+        "examples", description="worked examples, for small models; or the paper's"
+    )
+    episodes: int = Field(12, ge=1, description="episodes read, failed and successful ones in turn")
+    budget_tokens: int = Field(1024, ge=1, description="most tokens of a knowledge text; whole items are dropped")
+    candidates: int = Field(6, ge=1, description="knowledge texts scored on validation tasks")
+
+
+class EvaluationConfig(_Frozen):
+    """Stages 4 and 6: held-out tasks, played greedily unless said otherwise."""
+
+    validation_tasks: int = Field(32, ge=1)
+    test_tasks: int = Field(128, ge=1)
+    sampling: SamplingParams = SamplingParams(temperature=0.0, max_tokens=256)
+    ood: tuple[OodSpec, ...] = ()
+    ood_margin: float = Field(0.05, ge=0, le=1, description="out-of-distribution accuracy that a promotion may cost")
+
+
+class ImproveConfig(_Frozen):
+    """One round of `engrain improve`."""
+
+    model: str
+    world: WorldSpec
+    seed: int = 0
+    play: PlayConfig = PlayConfig()
+    extract: ExtractConfig = ExtractConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    distill: DistillConfig = DistillConfig()

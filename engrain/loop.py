@@ -1,0 +1,401 @@
+"""One round of self-improvement: play -> extract -> curate -> select -> consolidate -> judge.
+
+Every stage writes what it made into the store under ids that follow from the round, so that a killed round goes on
+where it stopped and nothing is counted twice. `RoundRecord.state` says which stages are over and what they decided.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Sequence
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, Protocol
+
+from pydantic import BaseModel, ConfigDict
+
+from agent.engines.transformers import TransformersEngine
+from agent.episode import Episode
+from agent.rollout import RolloutStats
+from distill.checkpoint import read_manifest
+from distill.monitor import StepMetrics
+from distill.trainer import FitResult
+from engrain.config import ImproveConfig, OodSpec
+from engrain.consolidate import consolidate
+from engrain.errors import RoundConflictError
+from engrain.evaluate import failures, measure, outcomes, play_stored
+from engrain.gate import Gain, Verdict, judge, paired_gain
+from envs import registry
+from envs.base import Split, Task
+from memory.curate import admit, candidates
+from memory.extract import Extractor
+from memory.records import CheckpointRecord, CheckpointStatus, EvaluationRecord, Knowledge, RoundRecord, RoundStatus
+from memory.select import Score, select
+from memory.store import Store
+
+STAGES = ("play", "extract", "curate", "select", "consolidate", "judge")
+
+
+class Listener(Protocol):
+    """Is told what happens; the command line draws it."""
+
+    def stage(self, name: str, text: str) -> None:
+        """A stage begins."""
+
+    def note(self, text: str) -> None:
+        """Something worth a line."""
+
+    def rollout(self, what: str, stats: RolloutStats) -> None:
+        """Episodes are being played."""
+
+    def step(self, metrics: StepMetrics, total: int) -> None:
+        """A training step is over."""
+
+
+class RoundResult(BaseModel):
+    """What a round came to. Evaluations are by name: `bare`, `in_context`, `distilled` on test tasks."""
+
+    model_config = ConfigDict(frozen=True)
+
+    round: RoundRecord
+    status: str
+    reason: str
+    knowledge: Knowledge | None = None
+    gap: Gain | None = None
+    verdict: Verdict | None = None
+    checkpoint: CheckpointRecord | None = None
+    evaluations: dict[str, EvaluationRecord] = {}
+    ood: dict[str, tuple[EvaluationRecord, EvaluationRecord]] = {}  # world -> before, after
+    validation: dict[int, float] = {}
+    history: tuple[StepMetrics, ...] = ()
+    seconds: float
+
+
+def open_round(store: Store, config: ImproveConfig, *, fresh: bool = False) -> RoundRecord:
+    """The unfinished round of this model if its settings are these, else a new one.
+
+    Args:
+        store: holds the rounds.
+        config: the round's settings.
+        fresh: give up an unfinished round instead of going on with it.
+
+    Raises:
+        RoundConflictError: an unfinished round has other settings, and `fresh` is not set.
+    """
+    settings = config.model_dump(mode="json")
+    unfinished = store.unfinished_round(config.model)
+    if unfinished is not None and fresh:
+        store.update_round(unfinished.id, status=RoundStatus.STOPPED, verdict="given up for a new round")
+    elif unfinished is not None:
+        if dict(unfinished.config) != settings:
+            raise RoundConflictError(
+                f"round {unfinished.number} of {config.model} is unfinished and has other settings; "
+                "run it with its own settings, or pass --fresh to give it up"
+            )
+        return unfinished
+    return store.create_round(settings, config.seed, config.model)
+
+
+class Round:
+    """Plays one round from wherever it stands.
+
+    Args:
+        store: the one memory of it all.
+        engine: the model; it is trained in place and left with the base weights.
+        config: settings.
+        record: the round, from `open_round`.
+        folder: where its checkpoints go.
+        listener: is told what happens.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        engine: TransformersEngine,
+        config: ImproveConfig,
+        record: RoundRecord,
+        folder: Path,
+        listener: Listener,
+    ) -> None:
+        self.store, self.engine, self.config, self.record = store, engine, config, record
+        self.folder, self.listener = folder, listener
+        self.world = registry.world(config.world.env, config.world.options)
+        self.state: dict[str, Any] = dict(record.state)
+        self.parent = self._parent()
+        self.fit: FitResult | None = None
+
+    def run(self) -> RoundResult:
+        """All six stages; ends early, and says why, where going on cannot pay."""
+        started = time.monotonic() - float(self.state.get("seconds", 0.0))
+        self._started = started
+        episodes = self.play()
+        self.extract(episodes)
+        pool = self.curate()
+        if not pool:
+            return self._finish(RoundStatus.STOPPED, "no usable experience was extracted")
+        knowledge, gap = self.select(pool)
+        if not gap.positive:
+            reason = f"in context the best knowledge gains {gap} on validation tasks: training cannot pay"
+            return self._finish(RoundStatus.STOPPED, reason, knowledge=knowledge, gap=gap)
+        checkpoint = self.consolidate(knowledge)
+        return self.judge(knowledge, gap, checkpoint)
+
+    # -- the stages ---------------------------------------------------------------------------------------------
+
+    def play(self) -> list[Episode]:
+        """Training tasks, played by the current checkpoint without knowledge."""
+        tasks = self._tasks(Split.TRAIN, self.config.play.episodes)
+        self._begin("play", f"{len(tasks)} training tasks of {self.world.name}, no knowledge")
+        self._load(self.parent)
+        episodes = self._play("play", tasks, sampling=self.config.play.sampling)
+        self.listener.note(f"{sum(e.success for e in episodes)} of {len(episodes)} solved")
+        return episodes
+
+    def extract(self, episodes: Sequence[Episode]) -> None:
+        """The model looks back at its episodes and writes items."""
+        if "extract" in self.state:
+            return
+        chosen = _alternate(episodes, self.config.extract.episodes, self.config.seed)
+        self._begin("extract", f"the model reads {len(chosen)} of its episodes ({self.config.extract.mode})")
+        self._load(self.parent)
+        extractions = Extractor(self.engine, self.config.extract.mode).extract(chosen, self.config.seed)
+        for extraction in extractions:
+            self.store.add_extraction(extraction, self.record.id)
+        items, malformed = sum(len(e.items) for e in extractions), sum(len(e.malformed) for e in extractions)
+        self.listener.note(f"{items} items, {malformed} malformed lines kept aside")
+        self._done("extract", {"items": items, "malformed": malformed})
+
+    def curate(self) -> list[Knowledge]:
+        """This round's items, duplicates merged, as candidate texts that fit the budget."""
+        self._begin("curate", "merging duplicates, composing candidate knowledge")
+        items = admit(self.store, self.store.extractions(round_id=self.record.id), self.record.id)
+        settings = self.config.extract
+        pool = candidates(items, settings.budget_tokens, self.engine.tokenizer, settings.candidates, self.config.seed)
+        for candidate in pool:
+            if candidate.dropped:
+                self.listener.note(
+                    f"budget of {settings.budget_tokens} tokens leaves out {len(candidate.dropped)} items"
+                )
+        return pool
+
+    def select(self, pool: Sequence[Knowledge]) -> tuple[Knowledge, Gain]:
+        """The candidate that helps most on validation tasks, and its gap to the bare model."""
+        tasks = self._tasks(Split.VALIDATION, self.config.evaluation.validation_tasks)
+        if "select" in self.state:
+            chosen = self.store.knowledge(self.state["select"]["knowledge"])
+            return chosen, Gain.model_validate(self.state["select"]["gap"])
+        self._begin("select", f"{len(pool)} candidates on {len(tasks)} validation tasks, in context")
+        self._load(self.parent)
+        bare = self._evaluate("validation/bare", tasks)
+        self.listener.note(f"bare {bare.accuracy:.2f}")
+        parent = self.parent.knowledge if self.parent else None
+        stored = [self.store.add_knowledge(candidate, self.record.id, parent) for candidate in pool]
+        selection = select(
+            stored,
+            lambda k: outcomes(self._evaluate("validation/in_context", tasks, k)),
+            on_score=lambda score: self.listener.note(_scored(score)),
+        )
+        gap = paired_gain(outcomes(bare), selection.best.outcomes)
+        self.listener.note(f"gap {gap}")
+        self._done("select", {"knowledge": selection.best.knowledge.id, "gap": gap.model_dump()})
+        return selection.best.knowledge, gap
+
+    def consolidate(self, knowledge: Knowledge) -> CheckpointRecord:
+        """OPCD, with the checkpoint chosen on validation tasks."""
+        config = self.config.distill
+        tasks = self._tasks(Split.TRAIN, self.config.play.tasks)
+        held_out = self._tasks(Split.VALIDATION, self.config.evaluation.validation_tasks)
+        if "consolidate" in self.state:
+            return self.store.checkpoint(self.state["consolidate"]["checkpoint"])
+        self._begin("consolidate", f"OPCD, {config.objective}, {config.steps} steps of {config.batch_size} episodes")
+
+        def validate(sampler: TransformersEngine, step: int) -> float:
+            name = f"validation/step-{step:06d}"
+            episodes = self._play(name, held_out, engine=sampler, sampling=self.config.evaluation.sampling)
+            accuracy = sum(e.success for e in episodes) / len(episodes)
+            self.listener.note(f"validation after {step} steps: {accuracy:.2f}")
+            return accuracy
+
+        self.fit = consolidate(
+            self.engine,
+            tasks,
+            knowledge,
+            config,
+            self.folder,
+            parent=self.parent,
+            on_step=lambda metrics: self.listener.step(metrics, config.steps),
+            validate=validate,
+            on_episode=self._keep_training_episode,
+        )
+        if self.fit.stopped:
+            self.listener.note(f"stopped early: {self.fit.stopped}")
+        chosen = self.fit.best or self.fit.last
+        if chosen is None:
+            raise RuntimeError("training ended without a checkpoint")
+        manifest = read_manifest(chosen)
+        record = self.store.add_checkpoint(
+            CheckpointRecord(
+                id=manifest.id,
+                model=self.config.model,
+                path=str(chosen),
+                kind=manifest.kind,
+                parent=manifest.parent,
+                knowledge=manifest.knowledge,
+                round_id=self.record.id,
+                manifest=manifest.model_dump(mode="json"),
+            )
+        )
+        history = [metrics.model_dump() for metrics in self.fit.history]
+        self._done(
+            "consolidate",
+            {
+                "checkpoint": record.id,
+                "step": self.fit.best_step,
+                "validation": self.fit.validation,
+                "history": history,
+                "stopped": self.fit.stopped,
+            },
+        )
+        return record
+
+    def judge(self, knowledge: Knowledge, gap: Gain, checkpoint: CheckpointRecord) -> RoundResult:
+        """Bare, in context and distilled on test tasks; before and after on other worlds; promote or reject."""
+        settings = self.config.evaluation
+        tasks = self._tasks(Split.TEST, settings.test_tasks)
+        self._begin("judge", f"{len(tasks)} test tasks never seen before, and {len(settings.ood)} other worlds")
+        self._load(self.parent)
+        bare = self._evaluate("test/bare", tasks)
+        in_context = self._evaluate("test/in_context", tasks, knowledge)
+        before = [self._evaluate("ood/before", self._ood(spec)) for spec in settings.ood]
+        self._load(checkpoint)
+        distilled = self._evaluate("test/distilled", tasks, checkpoint=checkpoint)
+        after = [self._evaluate("ood/after", self._ood(spec), checkpoint=checkpoint) for spec in settings.ood]
+        verdict = judge(
+            outcomes(bare),
+            outcomes(distilled),
+            [outcome for evaluation in before for outcome in outcomes(evaluation)],
+            [outcome for evaluation in after for outcome in outcomes(evaluation)],
+            ood_margin=settings.ood_margin,
+        )
+        if verdict.promoted:
+            self.store.promote(checkpoint.id, why=verdict.reason)
+        else:
+            self.store.set_checkpoint_status(checkpoint.id, CheckpointStatus.REJECTED, "engrain", verdict.reason)
+        return self._finish(
+            RoundStatus.FINISHED,
+            verdict.reason,
+            knowledge=knowledge,
+            gap=gap,
+            verdict=verdict,
+            checkpoint=self.store.checkpoint(checkpoint.id),
+            evaluations={"bare": bare, "in_context": in_context, "distilled": distilled},
+            ood={f"{b.env}/{b.split}": (b, a) for b, a in zip(before, after, strict=True)},
+        )
+
+    # -- what the stages share ----------------------------------------------------------------------------------
+
+    def _parent(self) -> CheckpointRecord | None:
+        """The checkpoint the round began with, also when it promoted another before it was killed."""
+        if "parent" not in self.state:
+            current = self.store.current_checkpoint(self.config.model)
+            self._done("parent", current.id if current else None)
+        identity = self.state["parent"]
+        return self.store.checkpoint(identity) if identity else None
+
+    def _tasks(self, split: Split, count: int) -> list[Task]:
+        return self.world.tasks(split, count, self.config.seed)
+
+    def _ood(self, spec: OodSpec) -> list[Task]:
+        return registry.world(spec.env, spec.options).tasks(spec.split, spec.tasks, self.config.seed)
+
+    def _load(self, checkpoint: CheckpointRecord | None) -> None:
+        wanted = checkpoint.id if checkpoint else None
+        if self.engine.checkpoint != wanted:
+            self.engine.load(Path(checkpoint.path) if checkpoint else None)
+            self.engine.checkpoint = wanted
+
+    def _play(
+        self,
+        name: str,
+        tasks: Sequence[Task],
+        *,
+        sampling: Any,
+        engine: TransformersEngine | None = None,
+        knowledge: Knowledge | None = None,
+    ) -> list[Episode]:
+        episodes = play_stored(
+            self.store,
+            tasks,
+            engine or self.engine,
+            sampling=sampling,
+            namespace=f"{self.record.id}/{name}/{knowledge.id if knowledge else ''}",
+            stage=name,
+            round_id=self.record.id,
+            knowledge=knowledge,
+            seed=self.config.seed,
+            progress=lambda stats: self.listener.rollout(name, stats),
+        )
+        if failed := failures(episodes):
+            self.listener.note(f"{len(failed)} of {len(episodes)} episodes failed, the first: {failed[0].error}")
+        return episodes
+
+    def _evaluate(
+        self,
+        name: str,
+        tasks: Sequence[Task],
+        knowledge: Knowledge | None = None,
+        checkpoint: CheckpointRecord | None = None,
+    ) -> EvaluationRecord:
+        episodes = self._play(name, tasks, sampling=self.config.evaluation.sampling, knowledge=knowledge)
+        sampled_by = checkpoint or self.parent
+        return self.store.add_evaluation(
+            measure(
+                name,
+                episodes,
+                checkpoint=sampled_by.id if sampled_by else None,
+                knowledge=knowledge.id if knowledge else None,
+                round_id=self.record.id,
+            )
+        )
+
+    def _keep_training_episode(self, episode: Episode) -> None:
+        self.store.add_episodes([episode], round_id=self.record.id, stage="train")
+
+    def _begin(self, stage: str, text: str) -> None:
+        self.record = self.store.update_round(self.record.id, stage=stage)
+        self.listener.stage(stage, text)
+
+    def _done(self, key: str, value: Any) -> None:
+        self.state[key] = value
+        if hasattr(self, "_started"):
+            self.state["seconds"] = time.monotonic() - self._started
+        self.record = self.store.update_round(self.record.id, state=self.state)
+
+    def _finish(self, status: RoundStatus, reason: str, **found: Any) -> RoundResult:
+        trained = self.state.get("consolidate", {})
+        self._done("finished", True)
+        self.record = self.store.update_round(self.record.id, status=status, verdict=reason)
+        return RoundResult(
+            round=self.record,
+            status=status.value,
+            reason=reason,
+            validation={int(step): score for step, score in trained.get("validation", {}).items()},
+            history=tuple(StepMetrics.model_validate(metrics) for metrics in trained.get("history", ())),
+            seconds=self.state["seconds"],
+            **found,
+        )
+
+
+def _alternate(episodes: Sequence[Episode], count: int, seed: int) -> list[Episode]:
+    """Failed and solved episodes in turn, each group shuffled by seed; episodes that broke teach nothing."""
+    usable = [episode for episode in episodes if episode.turns and episode.error is None]
+    random.Random(seed).shuffle(usable)  # noqa: S311 - repeatable on purpose
+    failed, solved = [e for e in usable if not e.success], [e for e in usable if e.success]
+    mixed = [e for pair in zip_longest(failed, solved) for e in pair if e is not None]
+    return mixed[:count]
+
+
+def _scored(score: Score) -> str:
+    text = " / ".join(item.text for item in score.knowledge.items)
+    return f"{score.accuracy:.2f}  {score.knowledge.tokens:4d} tokens  {text[:100]}"
