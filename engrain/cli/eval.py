@@ -1,9 +1,9 @@
-"""`engrain eval`: how well a model does on a world, bare or with knowledge or a checkpoint; paired where two are named."""
+"""`engrain eval`: how well a model does on a world, bare, with knowledge, or with a checkpoint."""
 
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -25,6 +25,7 @@ from engrain.cli.common import (
     world_options,
 )
 from envs.base import Split
+from memory.records import CheckpointRecord, EvaluationRecord, Knowledge
 
 
 def command(
@@ -44,7 +45,7 @@ def command(
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Accuracy with its 95% Wilson interval. Episodes already in the store under the same settings are not played again."""
+    """Accuracy with its 95% Wilson interval. What the store already holds is not played again."""
     from agent.episode import SamplingParams
     from engrain.console import ConsoleListener
     from engrain.evaluate import measure, outcomes, play_stored
@@ -53,16 +54,20 @@ def command(
 
     chosen = registry.world(env, world_options(option)).tasks(split, tasks, seed)
     sampling = SamplingParams(temperature=temperature, max_tokens=max_tokens)
-    records: dict[str, Any] = {}
+    records: dict[str, EvaluationRecord] = {}
     with open_store(store) as memory:
         text = find_knowledge(knowledge, memory) if knowledge else None
         weights = find_checkpoint(checkpoint, memory) if checkpoint else None
-        plain = text is None and weights is None
-        arms = [("base model", None, None)] if paired or plain else []
-        if not plain:
-            arms.append((" + ".join(filter(None, [weights and "checkpoint", text and "knowledge"])), text, weights))
+        arms: dict[str, tuple[Knowledge | None, CheckpointRecord | None]] = {}
+        if paired or (text is None and weights is None):
+            arms["base model"] = (None, None)
+        if text is not None or weights is not None:
+            arms[" + ".join(["checkpoint"] * (weights is not None) + ["knowledge"] * (text is not None))] = (
+                text,
+                weights,
+            )
         with open_engine(model) as engine, ConsoleListener(Console(stderr=True), quiet=as_json) as listener:
-            for name, with_text, with_weights in arms:
+            for name, (with_text, with_weights) in arms.items():
                 load_checkpoint(engine, with_weights)
                 settings = [
                     model,
@@ -85,7 +90,8 @@ def command(
                 stored = with_text.id if with_text and with_text.version is not None else None
                 known = with_weights.id if with_weights and with_weights.round_id is not None else None
                 records[name] = memory.add_evaluation(measure("eval", episodes, checkpoint=known, knowledge=stored))
-    gain = paired_gain(*(outcomes(record) for record in records.values())) if len(records) == 2 else None
+    found = [outcomes(record) for record in records.values()]
+    gain = paired_gain(found[0], found[1]) if len(found) == 2 else None
     if as_json:
         facts = {name: record.model_dump(mode="json") for name, record in records.items()}
         typer.echo(json.dumps({"evaluations": facts, "gain": gain and gain.model_dump()}, indent=2))
