@@ -43,33 +43,40 @@ def pick(logits_BV: Tensor, sampling: Sequence[SamplingParams], uniforms_B: Tens
     """
     ids: list[int] = []
     logprobs: list[float] = []
+    # One buffer for all: fresh memory for every few rows costs more than the arithmetic.
+    scratch_KV = torch.empty(_ROWS, logits_BV.shape[1], dtype=torch.float32, device=logits_BV.device)
     for start in range(0, logits_BV.shape[0], _ROWS):
         rows = slice(start, start + _ROWS)
-        ids_b, logprobs_b = _pick(logits_BV[rows].float(), sampling[rows], uniforms_B[rows])
+        ids_b, logprobs_b = _pick(logits_BV[rows], sampling[rows], uniforms_B[rows], scratch_KV)
         ids += ids_b.tolist()
         logprobs += logprobs_b.tolist()
     return ids, logprobs
 
 
-def _pick(logits_BV: Tensor, sampling: Sequence[SamplingParams], uniforms_B: Tensor) -> tuple[Tensor, Tensor]:
-    top_B1 = logits_BV.amax(dim=-1, keepdim=True)
-    weights_BV = logits_BV.sub(top_B1).exp_()
-    log_normalizer_B1 = top_B1 + weights_BV.sum(dim=-1, keepdim=True).log()
+def _pick(
+    logits_BV: Tensor, sampling: Sequence[SamplingParams], uniforms_B: Tensor, scratch_KV: Tensor
+) -> tuple[Tensor, Tensor]:
     drawn = [row for row, s in enumerate(sampling) if s.temperature > 0]
+    weights_BV = scratch_KV[: len(sampling)].copy_(logits_BV)
+    top_B1 = weights_BV.amax(dim=-1, keepdim=True)
     if len(drawn) < len(sampling):
-        ids_B1 = logits_BV.argmax(dim=-1, keepdim=True)
-        weights_BV = weights_BV[drawn]
+        ids_B1 = weights_BV.argmax(dim=-1, keepdim=True)
     else:
         ids_B1 = torch.empty(len(drawn), 1, dtype=torch.long, device=logits_BV.device)
+    weights_BV.sub_(top_B1).exp_()
+    log_normalizer_B1 = top_B1 + weights_BV.sum(dim=-1, keepdim=True).log()
     if drawn:
+        if len(drawn) < len(sampling):
+            weights_BV = weights_BV[drawn]
         for i, row in enumerate(drawn):
             params = sampling[row]
             if params.temperature != 1.0:
-                weights_BV[i] = logits_BV[row].sub(top_B1[row]).div_(params.temperature).exp_()
+                weights_BV[i] = logits_BV[row].float().sub_(top_B1[row]).div_(params.temperature).exp_()
             if params.top_k or params.top_p < 1:
                 weights_BV[i] = keep_top(weights_BV[i], params.top_k, params.top_p)
         ids_B1[drawn] = draw(weights_BV, uniforms_B[drawn].to(logits_BV.device)).unsqueeze(1)
-    return ids_B1.squeeze(1), (logits_BV.gather(1, ids_B1) - log_normalizer_B1).squeeze(1)
+    logprobs_B1 = logits_BV.gather(1, ids_B1).float() - log_normalizer_B1
+    return ids_B1.squeeze(1), logprobs_B1.squeeze(1)
 
 
 def draw(weights_BV: Tensor, uniforms_B: Tensor) -> Tensor:
