@@ -40,7 +40,7 @@ $(VENV)/.made:
 	@touch $@
 
 # A stamp is written last, so an installation that was cut off is taken up again.
-$(VENV)/.torch: pyproject.toml scripts/install_torch.sh | $(VENV)/.made
+$(VENV)/.torch: $(VENV)/.made pyproject.toml scripts/install_torch.sh
 	@scripts/install_torch.sh $(BIN)/python '$(TORCH)'
 	@touch $@
 
