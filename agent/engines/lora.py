@@ -54,9 +54,10 @@ def merged(model: Any) -> Iterator[None]:
                 names = [name for name in layer.active_adapters if name in layer.lora_A]
                 weight = _weight(layer)
                 original = weight.data
-                total = original.float()
-                for name in names:
-                    total = total + layer.get_delta_weight(name).float()
+                total = layer.get_delta_weight(names[0]).float()  # a fresh tensor: added to in place
+                for name in names[1:]:
+                    total += layer.get_delta_weight(name).float()
+                total += original
                 originals.append((layer, original))
                 weight.data = total.to(original.dtype)
                 layer.merged_adapters.extend(names)

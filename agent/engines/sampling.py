@@ -71,7 +71,7 @@ def _pick(
         for i, row in enumerate(drawn):
             params = sampling[row]
             if params.temperature != 1.0:
-                weights_BV[i] = logits_BV[row].float().sub_(top_B1[row]).div_(params.temperature).exp_()
+                weights_BV[i] = logits_BV[row].float().sub(top_B1[row]).div_(params.temperature).exp_()
             if params.top_k or params.top_p < 1:
                 weights_BV[i] = keep_top(weights_BV[i], params.top_k, params.top_p)
         ids_B1[drawn] = draw(weights_BV, uniforms_B[drawn].to(logits_BV.device)).unsqueeze(1)
