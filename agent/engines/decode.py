@@ -8,7 +8,8 @@ prompt, parameters and seed only (up to the rounding of the matrix products).
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -88,15 +89,16 @@ class Decoder:
             _Row(index, list(prompt), params, _uniforms(params))
             for index, (prompt, params) in enumerate(zip(prompts, sampling, strict=True))
         ]
-        if self.flexible:
-            self._find_pasts(rows)
         self._waiting = deque(sorted(rows, key=lambda row: (-row.total, row.index)))
-        while self._waiting or self._running:
-            if self._waiting and self._may_refill():
-                self._admit(self._next_group())
-            else:
-                self._step()
-            self._leave()
+        with _contiguous_head(self.model):
+            if self.flexible:
+                self._find_pasts(rows)
+            while self._waiting or self._running:
+                if self._waiting and self._may_refill():
+                    self._admit(self._next_group())
+                else:
+                    self._step()
+                self._leave()
         return [_completion(row) for row in rows]
 
     def _find_pasts(self, rows: list[_Row]) -> None:
@@ -248,6 +250,24 @@ class _ModelCache(DynamicCache):
         self.batch_select_indices(index)
         self.mask_BT = self.mask_BT[index]
         return True
+
+
+@contextmanager
+def _contiguous_head(model: Any) -> Iterator[None]:
+    """Inside, the output head gets contiguous inputs.
+
+    It is handed the last position of every row, a strided view. For such an input torch multiplies a frozen head
+    (as under LoRA) row by row, with a copy of the whole head for each: gigabytes a batch.
+    """
+    head = model.get_output_embeddings()
+    if head is None:
+        yield
+        return
+    hook = head.register_forward_pre_hook(lambda module, inputs: (inputs[0].contiguous(), *inputs[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def has_plain_cache(model: Any) -> bool:

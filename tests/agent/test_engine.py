@@ -312,6 +312,18 @@ def test_wrapping_a_training_model_leaves_it_in_training(tiny_model: Callable[..
         engine.load(None)
 
 
+def test_a_frozen_head_is_not_copied_for_every_row(tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
+    """torch multiplies a strided batch with a frozen weight by expanding the weight: 2.5 times the whole cost."""
+    model = with_adapter(tiny_model())
+    engine = TransformersEngine.wrap(model, tiny_tokenizer, name="tiny")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+        engine.generate(prompts_of(engine, "a", "bb", "ccc"), [GREEDY] * 3)
+    vocabulary = model.config.vocab_size
+    expanded = [e for e in profile.events() if e.name == "aten::bmm" and vocabulary in sum(e.input_shapes, [])]
+    assert not expanded
+    assert not model.get_output_embeddings()._forward_pre_hooks
+
+
 @pytest.mark.parametrize("merge", ["auto", False])
 def test_adapters_load_swap_and_go(
     tiny_model: Callable[..., Any], tiny_tokenizer: Any, tiny_folder: Path, tmp_path: Path, merge: Any
