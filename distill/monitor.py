@@ -52,14 +52,17 @@ class StepMetrics(BaseModel):
     peak_memory_bytes: int
 
 
+_WATCHED = ("student_entropy", "response_tokens", "distinct_2")
+
+
 class GuardConfig(BaseModel):
     """When to stop. None turns a check off."""
 
     model_config = ConfigDict(frozen=True)
 
     warmup_steps: int = Field(5, ge=1, description="steps whose mean is the reference of the ratios below")
-    min_entropy_ratio: float | None = Field(0.1, description="of the reference student entropy")
-    min_length_ratio: float | None = Field(0.25, description="of the smaller of reference length and teacher need")
+    min_entropy_ratio: float | None = Field(0.1, description="of the reference or the teacher's entropy, the lower")
+    min_length_ratio: float | None = Field(0.1, description="of the reference response length")
     max_length_ratio: float | None = Field(4.0, description="of the reference response length")
     min_distinct_ratio: float | None = Field(0.2, description="of the reference distinct-2")
     rising_steps: int | None = Field(20, description="stop when the divergence rose this many steps in a row")
@@ -85,18 +88,19 @@ class Guard:
                 return f"the divergence rose {config.rising_steps} steps in a row, to {tail[-1]:.3g} nats"
         if len(self._seen) <= config.warmup_steps:
             return None
-        bounds = (
+        start = {name: sum(getattr(m, name) for m in first) / len(first) for name in _WATCHED}
+        # a student may well grow as sure as its teacher is; only below that is it a collapse
+        start["student_entropy"] = min(start["student_entropy"], metrics.teacher_entropy)
+        for name, ratio, below in (
             ("student_entropy", config.min_entropy_ratio, True),
             ("response_tokens", config.min_length_ratio, True),
             ("response_tokens", config.max_length_ratio, False),
             ("distinct_2", config.min_distinct_ratio, True),
-        )
-        for name, ratio, below in bounds:
-            reference = sum(getattr(m, name) for m in first) / len(first)
-            value = getattr(metrics, name)
-            if ratio is not None and (value < ratio * reference if below else value > ratio * reference):
+        ):
+            bound, value = (ratio or 0) * start[name], getattr(metrics, name)
+            if ratio is not None and (value < bound if below else value > bound):
                 word = "fell below" if below else "rose above"
-                return f"{name} {word} {ratio:g} of its start ({reference:.3g} -> {value:.3g}) at step {metrics.step}"
+                return f"{name} {word} {bound:.3g}, {ratio:g} of its reference, to {value:.3g} at step {metrics.step}"
         return None
 
 
