@@ -1,14 +1,15 @@
 """Exact divergences between a student's and a teacher's next-token distributions.
 
 Each divergence is a pure function of two log-probability tensors and returns, besides the divergence d of every
-position, its derivative f with respect to the student's probabilities. That is all a gradient needs, since for
-logits z with p = softmax(z)
+position, g = p * dd/dp: its derivative in the student's probabilities p, times p. That is all a gradient needs, since
+for logits z with p = softmax(z)
 
-    dd/dz_v = p_v (f_v - sum_u p_u f_u)
+    dd/dz_v = g_v - p_v sum_u g_u
 
-for any f known up to a constant a position. `chunked_divergence` uses it to go from hidden states to loss and
+for dd/dp known up to a constant a position. (The product g stays finite where dd/dp does not: forward KL's is -t,
+however little the student gives to a token.) `chunked_divergence` uses it to go from hidden states to loss and
 gradient in one pass over the vocabulary, a chunk of positions at a time, so that positions x vocabulary is never
-held for a whole batch.
+held for a whole batch; `chunked_cross_entropy` does the same for sampled tokens in place of a teacher.
 
 Notation: P positions, V vocabulary, D hidden size; s student, t teacher. Everything is in nats and float32 or wider.
 
@@ -21,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -29,20 +30,20 @@ from torch import Tensor
 
 from distill.errors import DistillConfigError
 
-#: (student log-probs PV, teacher log-probs PV) -> (divergence P, derivative f PV)
+#: (student log-probs PV, teacher log-probs PV) -> (divergence P, weighted derivative g PV)
 Divergence = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def reverse_kl(logp_s_PV: Tensor, logp_t_PV: Tensor) -> tuple[Tensor, Tensor]:
     """KL(s || t) = sum_v s (log s - log t): the paper's objective (eq. 3). Mode-seeking; blind where s has no mass."""
-    f_PV = logp_s_PV - logp_t_PV
-    return (logp_s_PV.exp() * f_PV).sum(-1), f_PV
+    g_PV = logp_s_PV.exp() * (logp_s_PV - logp_t_PV)
+    return g_PV.sum(-1), g_PV
 
 
 def forward_kl(logp_s_PV: Tensor, logp_t_PV: Tensor) -> tuple[Tensor, Tensor]:
     """KL(t || s) = sum_v t (log t - log s). Mass-covering: pulls s up wherever t has mass."""
-    d_P = (logp_t_PV.exp() * (logp_t_PV - logp_s_PV)).sum(-1)
-    return d_P, -(logp_t_PV - logp_s_PV).exp()
+    t_PV = logp_t_PV.exp()
+    return (t_PV * (logp_t_PV - logp_s_PV)).sum(-1), -t_PV
 
 
 def jsd(beta: float = 0.5) -> Divergence:
@@ -63,9 +64,9 @@ def jsd(beta: float = 0.5) -> Divergence:
 
     def divergence(logp_s_PV: Tensor, logp_t_PV: Tensor) -> tuple[Tensor, Tensor]:
         logm_PV = torch.logaddexp(logp_t_PV + math.log(beta), logp_s_PV + math.log1p(-beta))
-        f_PV = (1 - beta) * (logp_s_PV - logm_PV)
+        g_PV = (1 - beta) * logp_s_PV.exp() * (logp_s_PV - logm_PV)
         kl_t_P = (logp_t_PV.exp() * (logp_t_PV - logm_PV)).sum(-1)
-        return beta * kl_t_P + (logp_s_PV.exp() * f_PV).sum(-1), f_PV
+        return beta * kl_t_P + g_PV.sum(-1), g_PV
 
     return divergence
 
@@ -83,8 +84,9 @@ def skew_kl(alpha: float = 0.1) -> Divergence:
 
     def divergence(logp_s_PV: Tensor, logp_t_PV: Tensor) -> tuple[Tensor, Tensor]:
         logm_PV = torch.logaddexp(logp_t_PV + math.log(alpha), logp_s_PV + math.log1p(-alpha))
-        d_P = (logp_t_PV.exp() * (logp_t_PV - logm_PV)).sum(-1)
-        return d_P, -(1 - alpha) * (logp_t_PV - logm_PV).exp()
+        log_ratio_PV = logp_t_PV - logm_PV  # at most -log(alpha)
+        d_P = (logp_t_PV.exp() * log_ratio_PV).sum(-1)
+        return d_P, (alpha - 1) * (logp_s_PV + log_ratio_PV).exp()
 
     return divergence
 
@@ -106,14 +108,13 @@ def topk(k: int, *, tail: bool = True) -> Divergence:
         top_t_PK = logp_t_PV.gather(-1, index_PK)
         d_P = (top_s_PK.exp() * (top_s_PK - top_t_PK)).sum(-1)
         if not tail:
-            f_PV = torch.full_like(logp_s_PV, 0.0).scatter(-1, index_PK, top_s_PK - top_t_PK + 1)
-            return d_P, f_PV
+            return d_P, torch.zeros_like(logp_s_PV).scatter(-1, index_PK, top_s_PK.exp() * (top_s_PK - top_t_PK + 1))
         tiny = torch.finfo(logp_s_PV.dtype).tiny
         tail_s_P = (-torch.expm1(top_s_PK.logsumexp(-1).clamp(max=0))).clamp(min=tiny)
         tail_t_P = (-torch.expm1(top_t_PK.logsumexp(-1).clamp(max=0))).clamp(min=tiny)
         gap_P = tail_s_P.log() - tail_t_P.log()
         f_PV = gap_P[:, None].expand_as(logp_s_PV).scatter(-1, index_PK, top_s_PK - top_t_PK)
-        return d_P + tail_s_P * gap_P, f_PV
+        return d_P + tail_s_P * gap_P, logp_s_PV.exp() * f_PV
 
     return divergence
 
@@ -144,44 +145,35 @@ class Overlap:
     teacher_entropy_P: Tensor  # nats
     teacher_mass_P: Tensor  # teacher's probability of the student's most likely token
     student_mass_P: Tensor  # student's probability of the teacher's most likely token
+    shared_mass_P: Tensor  # sum_v min(s, t): 1 where they are equal, 0 where they are disjoint
 
 
-class _ChunkedDivergence(torch.autograd.Function):
-    """Hidden states and output heads in, divergences out; the gradient of the hidden states is made on the way."""
+#: (student log-probs CV of a chunk, its place among the positions) -> (d C, g CV, the fields of Overlap, each C)
+_Score = Callable[[Tensor, slice], tuple[Tensor, Tensor, tuple[Tensor, ...]]]
+
+
+class _Chunked(torch.autograd.Function):
+    """Hidden states and output head in, scores out; the gradient of the hidden states is made on the way."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_s_PD: Tensor,
-        weight_s_VD: Tensor,
-        hidden_t_PD: Tensor,
-        weight_t_VD: Tensor,
-        divergence: Divergence,
-        chunk: int,
-    ) -> tuple[Tensor, Tensor]:
-        size = hidden_s_PD.shape[0]
-        d_P = hidden_s_PD.new_empty(size, dtype=torch.float32)
-        stats_4P = hidden_s_PD.new_empty(4, size, dtype=torch.float32)
+    def forward(ctx: Any, hidden_PD: Tensor, weight_VD: Tensor, score: _Score, chunk: int) -> tuple[Tensor, Tensor]:
+        size = hidden_PD.shape[0]
+        d_P = hidden_PD.new_empty(size, dtype=torch.float32)
+        stats_KP = hidden_PD.new_empty(len(fields(Overlap)), size, dtype=torch.float32)
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        grad_PD = torch.empty_like(hidden_s_PD) if needs_hidden else None
+        grad_PD = torch.empty_like(hidden_PD) if needs_hidden else None
         for start in range(0, size, chunk):
             part = slice(start, start + chunk)
-            logp_s = _log_probs(hidden_s_PD[part], weight_s_VD)
-            logp_t = _log_probs(hidden_t_PD[part], weight_t_VD)
-            d, f = divergence(logp_s, logp_t)
-            d_P[part] = d
-            p_s = logp_s.exp()
-            stats_4P[0, part] = -(p_s * logp_s).sum(-1)
-            stats_4P[1, part] = -(logp_t.exp() * logp_t).sum(-1)
-            stats_4P[2, part] = logp_t.gather(-1, logp_s.argmax(-1, keepdim=True)).squeeze(-1).exp()
-            stats_4P[3, part] = logp_s.gather(-1, logp_t.argmax(-1, keepdim=True)).squeeze(-1).exp()
+            logp_CV = _log_probs(hidden_PD[part], weight_VD)
+            d_P[part], g_CV, stats = score(logp_CV, part)
+            for row, values in enumerate(stats):
+                stats_KP[row, part] = values
             if grad_PD is not None:
-                grad_logits = _grad_logits(p_s, f)
-                grad_PD[part] = grad_logits.to(weight_s_VD.dtype) @ weight_s_VD
-        ctx.save_for_backward(grad_PD, *((hidden_s_PD, weight_s_VD, hidden_t_PD, weight_t_VD) if needs_weight else ()))
-        ctx.divergence, ctx.chunk = divergence, chunk
-        ctx.mark_non_differentiable(stats_4P)
-        return d_P, stats_4P
+                grad_PD[part] = _grad_logits(logp_CV, g_CV).to(weight_VD.dtype) @ weight_VD
+        ctx.save_for_backward(grad_PD, *((hidden_PD, weight_VD) if needs_weight else ()))
+        ctx.score, ctx.chunk = score if needs_weight else None, chunk
+        ctx.mark_non_differentiable(stats_KP)
+        return d_P, stats_KP
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -190,17 +182,16 @@ class _ChunkedDivergence(torch.autograd.Function):
         grad_hidden = None if grad_PD is None else grad_PD * upstream_P[:, None].to(grad_PD.dtype)
         grad_weight = None
         if rest:  # a trained output head: the upstream weights are only known now, so the chunks are made again
-            hidden_s_PD, weight_s_VD, hidden_t_PD, weight_t_VD = rest
-            grad_weight = torch.zeros_like(weight_s_VD, dtype=torch.float32)
-            for start in range(0, hidden_s_PD.shape[0], ctx.chunk):
+            hidden_PD, weight_VD = rest
+            grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32)
+            for start in range(0, hidden_PD.shape[0], ctx.chunk):
                 part = slice(start, start + ctx.chunk)
-                logp_s = _log_probs(hidden_s_PD[part], weight_s_VD)
-                _, f = ctx.divergence(logp_s, _log_probs(hidden_t_PD[part], weight_t_VD))
-                grad_logits = _grad_logits(logp_s.exp(), f) * upstream_P[part, None]
-                dtype = weight_s_VD.dtype
-                grad_weight += grad_logits.to(dtype).T @ hidden_s_PD[part].to(dtype)
-            grad_weight = grad_weight.to(weight_s_VD.dtype)
-        return grad_hidden, grad_weight, None, None, None, None
+                logp_CV = _log_probs(hidden_PD[part], weight_VD)
+                _, g_CV, _ = ctx.score(logp_CV, part)
+                grad_logits = _grad_logits(logp_CV, g_CV) * upstream_P[part, None]
+                grad_weight += grad_logits.to(weight_VD.dtype).T @ hidden_PD[part].to(weight_VD.dtype)
+            grad_weight = grad_weight.to(weight_VD.dtype)
+        return grad_hidden, grad_weight, None, None
 
 
 def _log_probs(hidden_CD: Tensor, weight_VD: Tensor) -> Tensor:
@@ -210,9 +201,9 @@ def _log_probs(hidden_CD: Tensor, weight_VD: Tensor) -> Tensor:
     return torch.log_softmax(logits_CV, dim=-1, dtype=wide)
 
 
-def _grad_logits(p_s_CV: Tensor, f_CV: Tensor) -> Tensor:
-    """p (f - E_p f), the gradient of a divergence in the student's logits."""
-    return p_s_CV * (f_CV - (p_s_CV * f_CV).sum(-1, keepdim=True))
+def _grad_logits(logp_CV: Tensor, g_CV: Tensor) -> Tensor:
+    """g - p sum(g), the gradient in the student's logits."""
+    return torch.addcmul(g_CV, logp_CV.exp(), g_CV.sum(-1, keepdim=True), value=-1)
 
 
 def chunk_size(vocabulary: int, budget_bytes: int = 256 * 2**20) -> int:
@@ -250,11 +241,62 @@ def chunked_divergence(
             f"student {tuple(hidden_s_PD.shape)} x {tuple(weight_s_VD.shape)} and teacher "
             f"{tuple(hidden_t_PD.shape)} x {tuple(weight_t_VD.shape)} differ in positions or vocabulary"
         )
-    size = chunk or chunk_size(weight_s_VD.shape[0])
-    d_P, stats_4P = _ChunkedDivergence.apply(  # type: ignore[no-untyped-call]
-        hidden_s_PD, weight_s_VD, hidden_t_PD.detach(), weight_t_VD.detach(), divergence, size
+    hidden_t_PD, weight_t_VD = hidden_t_PD.detach(), weight_t_VD.detach()
+
+    def score(logp_s_CV: Tensor, part: slice) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        logp_t_CV = _log_probs(hidden_t_PD[part], weight_t_VD)
+        s_CV, t_CV = logp_s_CV.exp(), logp_t_CV.exp()
+        stats = (
+            -(s_CV * logp_s_CV).sum(-1),
+            -(t_CV * logp_t_CV).sum(-1),
+            t_CV.gather(-1, logp_s_CV.argmax(-1, keepdim=True)).squeeze(-1),
+            s_CV.gather(-1, logp_t_CV.argmax(-1, keepdim=True)).squeeze(-1),
+            torch.minimum(s_CV, t_CV).sum(-1),
+        )
+        return *divergence(logp_s_CV, logp_t_CV), stats
+
+    return _run(hidden_s_PD, weight_s_VD, score, chunk)
+
+
+def chunked_cross_entropy(
+    hidden_PD: Tensor, weight_VD: Tensor, target_P: Tensor, *, chunk: int | None = None
+) -> tuple[Tensor, Overlap]:
+    """-log s(target) of every position, exact over the whole vocabulary, without holding P x V.
+
+    It is forward KL from a teacher that puts all its mass on the target, and `Overlap` reads that teacher: its entropy
+    is 0 and the student's mass on its most likely token is the target's probability.
+
+    Args:
+        hidden_PD: the student's last hidden states at the positions that predict the targets.
+        weight_VD: the student's output head; it gets a gradient if it asks for one.
+        target_P: token ids.
+        chunk: positions at a time; by default what fits 256 MiB.
+
+    Returns:
+        d_P in nats, differentiable, and the detached `Overlap` of the same positions.
+
+    Raises:
+        ValueError: the shapes do not belong together.
+    """
+    if hidden_PD.shape[0] != target_P.shape[0]:
+        raise ValueError(f"{hidden_PD.shape[0]} positions and {target_P.shape[0]} targets")
+
+    def score(logp_CV: Tensor, part: slice) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        index_C1 = target_P[part, None]
+        d_C = -logp_CV.gather(-1, index_C1).squeeze(-1)
+        g_CV = torch.zeros_like(logp_CV).scatter_(-1, index_C1, -1.0)
+        hit_C = (logp_CV.argmax(-1) == target_P[part]).to(d_C.dtype)
+        mass_C = (-d_C).exp()
+        return d_C, g_CV, (-(logp_CV.exp() * logp_CV).sum(-1), torch.zeros_like(d_C), hit_C, mass_C, mass_C)
+
+    return _run(hidden_PD, weight_VD, score, chunk)
+
+
+def _run(hidden_PD: Tensor, weight_VD: Tensor, score: _Score, chunk: int | None) -> tuple[Tensor, Overlap]:
+    d_P, stats_KP = _Chunked.apply(  # type: ignore[no-untyped-call]
+        hidden_PD, weight_VD, score, chunk or chunk_size(weight_VD.shape[0])
     )
-    return d_P, Overlap(*stats_4P.unbind(0))
+    return d_P, Overlap(*stats_KP.unbind(0))
 
 
 def position_weights(

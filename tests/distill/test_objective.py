@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from distill.errors import DistillConfigError
 from distill.objective import (
+    chunked_cross_entropy,
     chunked_divergence,
     divergence_named,
     forward_kl,
@@ -84,6 +85,60 @@ def test_value_and_both_gradients_equal_the_float64_reference(
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
 
 
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10_000), positions=st.integers(1, 7), chunk=st.integers(1, 8), scale=st.floats(0.1, 3.0))
+def test_cross_entropy_and_both_gradients_equal_torchs(seed: int, positions: int, chunk: int, scale: float) -> None:
+    h_0, w_0, *_ = draw(seed, positions, 30, 4, scale)
+    target = torch.randint(0, 30, (positions,), generator=torch.Generator().manual_seed(seed))
+    weights = torch.linspace(0.3, 2.0, positions, dtype=torch.float64)
+    grads = []
+    for ours in (True, False):
+        h, w = h_0.clone().requires_grad_(), w_0.clone().requires_grad_()
+        if ours:
+            d, overlap = chunked_cross_entropy(h, w, target, chunk=chunk)
+            torch.testing.assert_close(overlap.student_mass_P, (-d).exp().detach())
+            assert (overlap.teacher_entropy_P == 0).all()
+        else:
+            d = torch.nn.functional.cross_entropy(h @ w.T, target, reduction="none")
+        (d * weights).sum().backward()
+        grads.append((d.detach().double(), h.grad, w.grad))
+    for mine, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 0.9, 1.0])
+def test_trl_finds_the_same_divergence_and_gradient(beta: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    from trl.experimental.gkd.gkd_trainer import GKDTrainer
+
+    h_s, w, h_t, w_t = (x.float() for x in draw(5, 12, 300, 8, 0.7))
+    results = []
+    for ours in (True, False):
+        h = h_s.clone().requires_grad_()
+        if ours:
+            d, _ = chunked_divergence(h, w, h_t, w_t, jsd(beta), chunk=5)
+            loss = (d * position_weights([12], "token", sequences=1, tokens=12)).sum()
+        else:
+            labels = torch.zeros(1, 12, dtype=torch.long)
+            loss = GKDTrainer.generalized_jsd_loss((h @ w.T)[None], (h_t @ w_t.T)[None], labels=labels, beta=beta)
+        loss.backward()
+        results.append((loss.detach(), h.grad))
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_distributions_a_thousand_nats_apart_give_finite_gradients(name: str) -> None:
+    hidden = torch.tensor([[1.0]], requires_grad=True)
+    head_s, head_t = torch.tensor([[0.0], [-1000.0], [-3.0]]), torch.tensor([[-1000.0], [0.0], [-3.0]])
+    d, overlap = chunked_divergence(hidden, head_s, torch.ones(1, 1), head_t, divergence_named(name, k=1))
+    d.sum().backward()
+    assert torch.isfinite(d).all()
+    assert hidden.grad is not None
+    assert torch.isfinite(hidden.grad).all()
+    assert overlap.shared_mass_P.item() == pytest.approx(math.exp(-3) / (1 + math.exp(-3)))
+
+
 @given(seed=st.integers(0, 1000), k=st.integers(1, 30))
 def test_topk_with_tail_is_a_lower_bound_and_never_negative(seed: int, k: int) -> None:
     h_s, w_s, h_t, w_t = draw(seed, 4, 30, 4, 1.0)
@@ -132,6 +187,7 @@ def test_overlap_reads_both_distributions() -> None:
     _, overlap = chunked_divergence(s, eye, t, eye, reverse_kl)
     assert overlap.teacher_mass_P.item() == pytest.approx(0.1)
     assert overlap.student_mass_P.item() == pytest.approx(0.2)
+    assert overlap.shared_mass_P.item() == pytest.approx(0.1 + 0.2 + 0.1)
     assert overlap.student_entropy_P.item() == pytest.approx(-sum(p * math.log(p) for p in (0.7, 0.2, 0.1)))
 
 
