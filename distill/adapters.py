@@ -1,4 +1,4 @@
-"""LoRA adapters by PEFT: a student's own, and the frozen one it is taught by from the second round on."""
+"""LoRA adapters by PEFT: a student's own, and its teacher's where that is not the base model."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any, cast
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
-from distill.config import LoraSettings
+from distill.config import LoraSettings, TeacherKind
 from distill.errors import CheckpointError
 
 #: Name of the adapter that trains; PEFT's own default, so that checkpoints load anywhere.
 STUDENT = "default"
-#: Name of the frozen adapter of the previous checkpoint.
+#: Name of the teacher's adapter: the previous checkpoint, or the student's moving average.
 TEACHER = "teacher"
 
 
@@ -28,32 +28,65 @@ def add_lora(model: nn.Module, settings: LoraSettings, seed: int) -> PeftModel:
         return cast(PeftModel, get_peft_model(cast(Any, model), _peft(settings)))
 
 
-def continue_lora(model: nn.Module, settings: LoraSettings, seed: int, parent: Path | None) -> PeftModel:
-    """A student that starts where `parent` ended and is taught by it, frozen; a fresh adapter without a parent.
+def continue_lora(
+    model: nn.Module,
+    settings: LoraSettings,
+    seed: int,
+    parent: Path | None,
+    kind: TeacherKind = "previous_checkpoint",
+) -> PeftModel:
+    """A student that starts where `parent` ended, or afresh, with the teacher's adapter beside it if it needs one.
+
+    The teacher is the parent (`previous_checkpoint`), the base model whatever the parent (`frozen`), or a copy of the
+    student that `follow` moves (`ema`).
 
     Raises:
         CheckpointError: the parent is no adapter of this rank and scale.
     """
     student = add_lora(model, settings, seed)
-    if parent is None:
-        return student
+    if parent is not None:
+        _load_parent(student, settings, parent)
+    if kind == "ema" or (kind == "previous_checkpoint" and parent is not None):
+        student.add_adapter(TEACHER, _peft(settings))
+        follow(student, 1.0)
+        _activate(student, STUDENT)
+    return student
+
+
+def follow(model: nn.Module, rate: float) -> None:
+    """Move the teacher's adapter towards the student's: w_T += rate (w_S - w_T), for A and B each."""
+    for theirs, ours in _pairs(model):
+        theirs.data.lerp_(ours.data, rate)
+
+
+def teacher_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The teacher's adapter by number, for a checkpoint's trainer state; empty without one."""
+    return {str(index): theirs.data for index, (theirs, _) in enumerate(_pairs(model))}
+
+
+def _pairs(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    weights = dict(model.named_parameters())
+    return [
+        (weight, weights[name.replace(f".{TEACHER}.", f".{STUDENT}.")])
+        for name, weight in weights.items()
+        if "lora_" in name and f".{TEACHER}." in name
+    ]
+
+
+def _load_parent(student: PeftModel, settings: LoraSettings, parent: Path) -> None:
     theirs = LoraConfig.from_pretrained(str(parent))
     if (theirs.r, theirs.lora_alpha) != (settings.rank, settings.alpha):
         raise CheckpointError(
             f"checkpoint {parent} has rank {theirs.r} and alpha {theirs.lora_alpha}, this run {settings.rank} and "
             f"{settings.alpha}; use the same"
         )
-    student.add_adapter(TEACHER, _peft(settings))
     tensors = load_file(parent / "adapter_model.safetensors")
-    for name in (STUDENT, TEACHER):
-        set_peft_model_state_dict(student, tensors, adapter_name=name)
-    _activate(student, STUDENT)
-    return student
+    set_peft_model_state_dict(student, tensors, adapter_name=STUDENT)
 
 
 @contextmanager
 def teacher_weights(model: nn.Module) -> Iterator[None]:
-    """Within it the model is its teacher: the frozen adapter if there is one, else the base. A plain model stays."""
+    """Within it the model is its teacher: the teacher's adapter if there is one, else the base. A plain model stays."""
     if not isinstance(model, PeftModel):
         yield
     elif TEACHER in model.peft_config:

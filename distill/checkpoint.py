@@ -2,7 +2,8 @@
 
 A checkpoint is a folder `step-000010/` that appears whole or not at all. `manifest.json` names its base model, its
 parent, the knowledge it was taught, the configuration and the versions of the libraries. The newest one also holds
-the optimiser's tensors, so that a killed run goes on from there and ends in the same state as an unbroken one.
+the optimiser's tensors, and those of a teacher that moves, so that a killed run goes on from there and ends in the
+same state as an unbroken one.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from distill.errors import CheckpointError
 
 _OPTIMIZER = "optimizer.safetensors"
 _STATE = "trainer_state.json"
+_TEACHER = "teacher.safetensors"
 _LIBRARIES = ("engrain", "torch", "transformers", "peft", "safetensors")
 
 
@@ -73,6 +75,7 @@ def save_checkpoint(
     seed: int,
     optimizer: torch.optim.Optimizer | None = None,
     state: Mapping[str, Any] | None = None,
+    teacher: Mapping[str, torch.Tensor] | None = None,
 ) -> Manifest:
     """Write a checkpoint folder atomically and return its manifest. An existing folder of that name is replaced."""
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -81,9 +84,7 @@ def save_checkpoint(
     draft = folder.with_name(f".{folder.name}.{os.getpid()}")
     draft.mkdir()
     try:
-        adapter = {"selected_adapters": [STUDENT]} if isinstance(model, PeftModel) else {}
-        cast(Any, model).save_pretrained(draft, safe_serialization=True, **adapter)
-        (draft / "README.md").unlink(missing_ok=True)  # PEFT's model-card template says nothing of this model
+        save_weights(draft, model)
         kind = "lora" if isinstance(model, PeftModel) else "full"
         digest = hashlib.sha256(json.dumps([base_model, parent, knowledge, step, seed]).encode())
         for weights in sorted(draft.glob("*.safetensors")):
@@ -103,6 +104,8 @@ def save_checkpoint(
         (draft / "manifest.json").write_text(manifest.model_dump_json(indent=2) + "\n")
         if optimizer is not None:
             save_file(_optimizer_tensors(optimizer), draft / _OPTIMIZER)
+            if teacher:
+                save_file({name: tensor.contiguous() for name, tensor in teacher.items()}, draft / _TEACHER)
             (draft / _STATE).write_text(json.dumps({"step": step, **(state or {})}))
         if folder.exists():
             shutil.rmtree(folder)
@@ -111,6 +114,13 @@ def save_checkpoint(
         shutil.rmtree(draft, ignore_errors=True)
         raise
     return manifest
+
+
+def save_weights(folder: Path, model: nn.Module) -> None:
+    """Write the student's adapter, or all weights of a plain model, as any engine loads them."""
+    adapter = {"selected_adapters": [STUDENT]} if isinstance(model, PeftModel) else {}
+    cast(Any, model).save_pretrained(folder, safe_serialization=True, **adapter)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's model-card template says nothing of this model
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -130,8 +140,13 @@ def latest_resumable(run: Path) -> Path | None:
     return max((p.parent for p in run.glob(f"step-*/{_STATE}")), default=None, key=lambda p: p.name)
 
 
-def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Load weights and optimiser of a resumable checkpoint into `model` and `optimizer`; returns the saved state.
+def restore(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Load weights and optimiser of a resumable checkpoint into `model` and `optimizer`.
+
+    Returns:
+        The saved state, and the tensors of the teacher (none unless it moves).
 
     Raises:
         CheckpointError: a file is missing or damaged.
@@ -139,6 +154,7 @@ def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) ->
     try:
         load_weights(folder, model)
         tensors = load_file(folder / _OPTIMIZER)
+        teacher = load_file(folder / _TEACHER) if (folder / _TEACHER).exists() else {}
         state = cast(dict[str, Any], json.loads((folder / _STATE).read_text()))
     except (OSError, SafetensorError, ValueError) as error:
         raise CheckpointError(
@@ -151,7 +167,7 @@ def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) ->
         restored.setdefault(int(index), {})[key] = tensor
     blob["state"] = restored
     optimizer.load_state_dict(blob)
-    return state
+    return state, teacher
 
 
 def load_weights(folder: Path, model: nn.Module) -> None:
@@ -172,6 +188,7 @@ def drop_trainer_state(folder: Path) -> None:
     """Forget a checkpoint's optimiser state; its weights stay."""
     (folder / _STATE).unlink(missing_ok=True)
     (folder / _OPTIMIZER).unlink(missing_ok=True)
+    (folder / _TEACHER).unlink(missing_ok=True)
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

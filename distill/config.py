@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from agent.episode import SamplingParams
 from distill.monitor import GuardConfig
 from distill.objective import Divergence, divergence_named
 
-ObjectiveName = Literal["reverse_kl", "forward_kl", "jsd", "skew_kl", "topk"]
+ObjectiveName = Literal["reverse_kl", "forward_kl", "jsd", "skew_kl", "topk", "auto", "cross_entropy"]
+Method = Literal["opcd", "off_policy", "sft", "mixed"]
+TeacherKind = Literal["frozen", "previous_checkpoint", "ema"]
+
+#: What a method trains on unless told otherwise.
+_USUAL: Mapping[str, ObjectiveName] = {"off_policy": "forward_kl", "sft": "cross_entropy"}
 
 
 class LoraSettings(BaseModel):
@@ -24,11 +30,36 @@ class LoraSettings(BaseModel):
 
 
 class DistillConfig(BaseModel):
-    """One OPCD job. Defaults follow the paper where it trains, and LoRA practice where it does not."""
+    """One distillation job. Defaults follow the paper where it trains, and LoRA practice where it does not.
+
+    `method` says who samples and what is compared:
+
+    - `opcd`: the student samples without the knowledge and meets the teacher's distribution on its own tokens;
+    - `off_policy`: the teacher samples with the knowledge, the student meets its distribution there ("context
+      distillation"), by forward KL unless `objective` says otherwise;
+    - `sft`: the teacher samples, the student learns the sampled tokens by cross-entropy;
+    - `mixed`: `on_policy_fraction` of each batch as in opcd, the rest as in off_policy.
+
+    `teacher_kind` says whose weights the teacher has: `previous_checkpoint`, what the student starts from (the base
+    model in a first round); `frozen`, the base model in every round; `ema`, a moving average of the student that starts
+    where it starts. A teacher that follows fast collapses (the paper's live self-teacher), so keep `ema_rate` small.
+
+    Raises:
+        ValidationError: settings that contradict each other.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    objective: ObjectiveName = "reverse_kl"
+    method: Method = "opcd"
+    on_policy_fraction: float = Field(0.5, gt=0, lt=1, description="mixed: share of a batch that the student samples")
+    only_successes: bool = Field(False, description="of the teacher's episodes, train on those that succeeded")
+    teacher: str | None = Field(None, description="name of a second model that teaches; None is the student's own base")
+    teacher_kind: TeacherKind = "previous_checkpoint"
+    ema_rate: float = Field(0.01, gt=0, le=1, description="share of the student in each step of the ema teacher")
+
+    objective: ObjectiveName = Field("reverse_kl", description="auto: see distill.schedule; cross_entropy is sft's")
+    auto_enter: float = Field(0.5, ge=0, le=1, description="auto: opening overlap from which on reverse KL is used")
+    auto_leave: float = Field(0.25, ge=0, le=1, description="auto: opening overlap below which it is forward KL again")
     beta: float = Field(0.5, ge=0, le=1, description="share of the teacher in jsd's mixture")
     alpha: float = Field(0.1, ge=0, lt=1, description="share of the teacher in skew_kl's mixture")
     top_k: int = Field(256, ge=1, description="tokens kept by topk; the rest is one bucket")
@@ -48,11 +79,44 @@ class DistillConfig(BaseModel):
     sampling: SamplingParams = SamplingParams(temperature=1.0, max_tokens=1024)
     seed: int = 0
     save_every: int = Field(10, ge=1, description="steps between checkpoints; the last step always makes one")
+    sync_every: int = Field(1, ge=1, description="steps between refreshes of an engine that samples from a copy")
     guard: GuardConfig = GuardConfig()
 
-    def divergence(self) -> Divergence:
-        """The objective as a function."""
-        return divergence_named(self.objective, beta=self.beta, alpha=self.alpha, k=self.top_k)
+    @model_validator(mode="before")
+    @classmethod
+    def _usual_objective(cls, given: Any) -> Any:
+        if isinstance(given, Mapping) and given.get("objective") is None:
+            return {**given, "objective": _USUAL.get(str(given.get("method")), "reverse_kl")}
+        return given
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if (self.method == "sft") != (self.objective == "cross_entropy"):
+            raise ValueError(
+                f"method {self.method} and objective {self.objective} do not go together: sft trains on cross_entropy, "
+                "and only sft does"
+            )
+        if self.auto_leave > self.auto_enter:
+            raise ValueError(f"auto_leave {self.auto_leave} lies above auto_enter {self.auto_enter}; swap them")
+        if self.teacher_kind == "ema" and (self.teacher is not None or self.lora is None):
+            raise ValueError("an ema teacher follows the student's adapter: it needs lora and no second teacher model")
+        if self.method == "mixed" and not 0 < self.on_policy_samples < self.batch_size:
+            raise ValueError(
+                f"{self.on_policy_fraction:g} of a batch of {self.batch_size} leaves nothing to mix; use a larger batch"
+            )
+        if self.save_every % self.sync_every:  # a resumed run must sample from the weights an unbroken one would
+            raise ValueError(f"save_every {self.save_every} is no multiple of sync_every {self.sync_every}")
+        return self
+
+    @property
+    def on_policy_samples(self) -> int:
+        """Episodes of a step that the student plays."""
+        share = {"opcd": 1.0, "mixed": self.on_policy_fraction}.get(self.method, 0.0)
+        return round(share * self.batch_size)
+
+    def divergence(self, name: str) -> Divergence:
+        """A divergence with this job's parameters."""
+        return divergence_named(name, beta=self.beta, alpha=self.alpha, k=self.top_k)
 
     def learning_rate_at(self, step: int) -> float:
         """Learning rate of optimiser step `step` (from 0): linear warm-up, then constant or a half cosine to 0."""

@@ -29,6 +29,7 @@ class StepMetrics(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     step: int
+    objective: str = ""  # the divergence of this step; `auto` changes it
     loss: float  # the objective as trained, averaged as configured
     divergence: float  # the objective, mean over tokens
     opening_share: float  # share of the summed divergence that falls on the first four tokens of each response
@@ -36,18 +37,20 @@ class StepMetrics(BaseModel):
     teacher_entropy: float
     teacher_mass: float  # teacher's probability of the student's most likely token, at the first token
     student_mass: float  # student's probability of the teacher's most likely token, at the first token
+    opening_overlap: float = 0.0  # sum_v min(s, t) at the first token: 1 where they are equal, 0 where disjoint
     response_tokens: float  # mean sampled tokens of a sequence
     distinct_2: float  # distinct token bigrams over all, in the batch's responses
     leak_rate: float  # share of responses that cite their experience
-    success: float  # share of the step's episodes that succeeded
+    success: float  # share of the step's episodes that succeeded; 0 where none was played
     grad_norm: float  # before clipping
     learning_rate: float
     sequences: int
-    dropped: int  # rollouts without a sampled token, such as failed ones
+    dropped: int  # rollouts that gave no sample, such as failed ones
     staleness: int = 0  # optimiser steps between the weights that sampled and the weights that are trained
     tokens_per_second: float  # tokens through the student's forward and backward, scoring and update only
     seconds_sampling: float
     seconds_teacher: float
+    seconds_prefix: float = 0.0  # of these, on prompts all samples share: once a job, each step if the teacher moves
     seconds_student: float
     peak_memory_bytes: int
 

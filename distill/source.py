@@ -1,4 +1,4 @@
-"""Where a step's samples come from: the student's own play (OPCD), or the teacher's (the off-policy baselines).
+"""Where a step's samples come from: the student's own play. For the baselines' teacher see `distill.baselines`.
 
 A source is a function of the step number alone, so that a resumed run sees the batches that an unbroken one would.
 """
@@ -8,9 +8,10 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from agent.engines.base import Engine
-from agent.episode import Episode, SamplingParams
+from agent.episode import Episode, Message, SamplingParams
 from agent.renderer import Renderer
 from agent.rollout import play
 from distill.errors import DistillConfigError
@@ -24,25 +25,30 @@ class Batch:
 
     samples: tuple[Sample, ...]
     episodes: tuple[Episode, ...]
+    staleness: int = 0  # optimiser steps between the weights that sampled and the weights of now
 
     @property
     def dropped(self) -> int:
-        """Episodes without a sampled token."""
-        return len(self.episodes) - len(self.samples)
+        """Episodes that gave no sample."""
+        return max(0, len(self.episodes) - len(self.samples))
 
+
+T = TypeVar("T")
 
 #: step -> batch
 Source = Callable[[int], Batch]
 
 
-def shuffled_tasks(tasks: Sequence[Task], step: int, batch_size: int, seed: int) -> list[Task]:
-    """The tasks of a step: the pool is dealt out without repeats, and shuffled anew when it is used up."""
-    chosen: list[Task] = []
+def deal(pool: Sequence[T], step: int, batch_size: int, seed: int) -> list[T]:
+    """What a step gets: the pool is dealt out without repeats, and shuffled anew when it is used up."""
+    chosen: list[T] = []
+    orders: dict[int, list[int]] = {}
     for index in range(step * batch_size, (step + 1) * batch_size):
-        epoch, place = divmod(index, len(tasks))
-        order = list(range(len(tasks)))
-        random.Random(f"{seed}:{epoch}").shuffle(order)  # noqa: S311 - not for secrets
-        chosen.append(tasks[order[place]])
+        epoch, place = divmod(index, len(pool))
+        if epoch not in orders:
+            orders[epoch] = list(range(len(pool)))
+            random.Random(f"{seed}:{epoch}").shuffle(orders[epoch])  # noqa: S311 - not for secrets
+        chosen.append(pool[orders[epoch][place]])
     return chosen
 
 
@@ -53,28 +59,33 @@ def make_sample(episode: Episode, renderer: Renderer, knowledge: str, max_contex
         DistillConfigError: the teacher's sequence exceeds `max_context` (nothing is ever cut silently), or the two
             prompts do not end in the same generation header.
     """
-    count = next((i for i, m in enumerate(episode.messages) if m.role == "assistant"), len(episode.messages))
-    opening = [*episode.messages[:count]]
-    if episode.knowledge is not None:  # sampled with knowledge: the first system message holds it
+    if episode.knowledge is not None:  # its own prompt holds the knowledge
         raise DistillConfigError(f"episode {episode.id} was played with knowledge; use TeacherSource for such episodes")
-    teacher_prompt = renderer.prompt(opening, knowledge)
+    teacher_prompt = renderer.prompt(opening(episode), knowledge)
     sample = Sample.from_episode(episode, teacher_prompt)
     check_pair(sample, renderer, max_context)
     return sample
 
 
+def opening(episode: Episode) -> list[Message]:
+    """The messages before the first reply, without the knowledge."""
+    count = next((i for i, m in enumerate(episode.messages) if m.role == "assistant"), len(episode.messages))
+    return list(episode.messages[:count])
+
+
 def check_pair(sample: Sample, renderer: Renderer, max_context: int) -> None:
-    """Refuse a sample whose teacher could not read it all, or whose two prompts open the reply differently.
+    """Refuse a sample that one of the models could not read whole, or whose two prompts open the reply differently.
 
     Raises:
         DistillConfigError: in both cases; the message names the lengths or the header.
     """
-    length = len(sample.teacher_prompt) + len(sample.continuation)
-    if length > max_context:
-        raise DistillConfigError(
-            f"the teacher would read {length} tokens and the model's context holds {max_context}; "
-            "use a smaller knowledge budget or fewer response tokens"
-        )
+    for who, prompt in (("teacher", sample.teacher_prompt), ("student", sample.student_prompt)):
+        length = len(prompt) + len(sample.continuation)
+        if length > max_context:
+            raise DistillConfigError(
+                f"the {who} would read {length} tokens and the model's context holds {max_context}; "
+                "use a smaller knowledge budget or fewer response tokens"
+            )
     header = _header(sample.student_prompt, renderer.stop_ids)
     if tuple(sample.teacher_prompt[-len(header) :]) != header:
         raise DistillConfigError(
@@ -101,7 +112,11 @@ class OnPolicySource:
         sampling: how the student samples.
         seed: fixes task order and sampling.
         namespace: prefix of the episode ids.
+        max_context: most tokens of the teacher's sequence; None is the engine's context.
         on_episode: told each finished episode, for instance to store it.
+
+    Raises:
+        DistillConfigError: there are no tasks.
     """
 
     def __init__(
@@ -114,6 +129,7 @@ class OnPolicySource:
         sampling: SamplingParams,
         seed: int,
         namespace: str = "opcd",
+        max_context: int | None = None,
         on_episode: Callable[[Episode], None] | None = None,
     ) -> None:
         if not tasks:
@@ -121,13 +137,13 @@ class OnPolicySource:
         self.tasks, self.engine, self.knowledge = list(tasks), engine, knowledge
         self.batch_size, self.sampling, self.seed = batch_size, sampling, seed
         self.namespace, self.on_episode = namespace, on_episode
+        self.max_context = max_context or engine.max_context
         self.renderer = Renderer(engine.tokenizer)
 
     def __call__(self, step: int) -> Batch:
         """Play the batch of `step`."""
-        tasks = shuffled_tasks(self.tasks, step, self.batch_size, self.seed)
         episodes = play(
-            tasks,
+            deal(self.tasks, step, self.batch_size, self.seed),
             self.engine,
             sampling=self.sampling,
             namespace=f"{self.namespace}/{step}",
@@ -135,8 +151,6 @@ class OnPolicySource:
             on_episode=self.on_episode,
         )
         return Batch(
-            tuple(
-                make_sample(e, self.renderer, self.knowledge, self.engine.max_context) for e in episodes if e.sampled
-            ),
+            tuple(make_sample(e, self.renderer, self.knowledge, self.max_context) for e in episodes if e.sampled),
             tuple(episodes),
         )

@@ -10,23 +10,23 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from distill.adapters import teacher_weights
+from distill.adapters import follow, teacher_tensors, teacher_weights
 from distill.backbone import Backbone
-from distill.errors import VocabularyMismatchError
+from distill.errors import CheckpointError, DistillConfigError, VocabularyMismatchError
 from distill.packing import Sample, pack
 
 logger = logging.getLogger(__name__)
 
 
 class Teacher(Protocol):
-    """Scores samples; never trains."""
+    """Scores samples; never trains, but may follow the student."""
 
     @property
     def head_VD(self) -> Tensor:
@@ -39,6 +39,18 @@ class Teacher(Protocol):
 
     def hidden(self, samples: Sequence[Sample]) -> Tensor:
         """Hidden states at the positions that predict sampled tokens, all samples in order, R x D."""
+        ...
+
+    def follow(self) -> None:
+        """Told after each optimiser step."""
+        ...
+
+    def state(self) -> Mapping[str, Tensor]:
+        """What a resumed run cannot find elsewhere; empty for a frozen teacher."""
+        ...
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Take back what `state` gave."""
         ...
 
 
@@ -54,6 +66,10 @@ class PrefixCache:
         self.backbone = backbone
         self.max_bytes = max_bytes
         self._entries: OrderedDict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = OrderedDict()
+
+    def clear(self) -> None:
+        """Forget all entries: the weights have changed."""
+        self._entries.clear()
 
     @property
     def bytes(self) -> int:
@@ -142,6 +158,67 @@ class FrozenTeacher:
             hidden_TD = self.backbone.hidden(packed, prefix)
             self.backbone.model.train(was_training)
         return hidden_TD[packed.predict_R]
+
+    def follow(self) -> None:
+        """Stay as it is."""
+
+    def state(self) -> Mapping[str, Tensor]:
+        """Nothing: its weights are a checkpoint's or the base model's."""
+        return {}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Nothing to take back."""
+
+
+class EmaTeacher(FrozenTeacher):
+    """A moving average of the student's adapter: w_T += rate (w_S - w_T) after each step.
+
+    A and B are averaged each for itself, so that it is an adapter too. Every step drops the prefix cache, which is
+    then computed anew once a step (`StepMetrics.seconds_prefix`).
+
+    Args:
+        backbone: the student's own, with a teacher adapter beside the student's (`continue_lora(kind="ema")`).
+        rate: share of the student in each step, in (0, 1].
+        use_cache: False reads every prompt in full.
+        max_cache_bytes: bound on the prefix cache.
+
+    Raises:
+        DistillConfigError: the model has no teacher adapter.
+    """
+
+    def __init__(
+        self, backbone: Backbone, rate: float, *, use_cache: bool = True, max_cache_bytes: int = 4 * 2**30
+    ) -> None:
+        super().__init__(backbone, use_cache=use_cache, max_cache_bytes=max_cache_bytes)
+        if not teacher_tensors(backbone.model):
+            raise DistillConfigError("an ema teacher needs an adapter of its own; make the student with kind='ema'")
+        self.rate = rate
+
+    def follow(self) -> None:
+        """Move towards the student."""
+        follow(self.backbone.model, self.rate)
+        self._forget()
+
+    def state(self) -> Mapping[str, Tensor]:
+        """The adapter's weights."""
+        return teacher_tensors(self.backbone.model)
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Take back the adapter's weights.
+
+        Raises:
+            CheckpointError: they are not those of this adapter.
+        """
+        own = teacher_tensors(self.backbone.model)
+        if {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in state.items()}:
+            raise CheckpointError("the checkpoint's teacher does not fit this adapter; give this run another folder")
+        for name, weight in own.items():
+            weight.copy_(state[name])
+        self._forget()
+
+    def _forget(self) -> None:
+        if self.cache is not None:
+            self.cache.clear()
 
 
 def check_vocabulary(student: Any, teacher: Any) -> None:

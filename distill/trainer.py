@@ -3,6 +3,7 @@
     L = E_x E_{y ~ student(. | x)} [ 1/|y| sum_t D( student(. | x, y_<t), teacher(. | knowledge, x, y_<t) ) ]
 
 A step is: sample (no gradient) -> teacher's hidden states -> student's hidden states -> exact divergence -> update.
+The baselines are the same loop with another source (`distill.baselines`) or, for SFT, the sampled tokens as teacher.
 """
 
 from __future__ import annotations
@@ -32,8 +33,9 @@ from distill.checkpoint import (
 from distill.config import DistillConfig
 from distill.errors import CheckpointError, DistillConfigError
 from distill.monitor import Guard, StepMetrics, distinct_n, leak_rate
-from distill.objective import chunked_divergence, position_weights
+from distill.objective import chunked_cross_entropy, chunked_divergence, position_weights
 from distill.packing import Sample, micro_batches, pack
+from distill.schedule import auto_objective
 from distill.source import Batch, Source
 from distill.teacher import Teacher
 
@@ -64,8 +66,9 @@ class _Sums:
     teacher_entropy: float = 0.0
     first_teacher_mass: list[float] = field(default_factory=list)
     first_student_mass: list[float] = field(default_factory=list)
+    first_shared_mass: list[float] = field(default_factory=list)
     seconds_teacher: float = 0.0
-    seconds_student: float = 0.0
+    seconds_prefix: float = 0.0
 
 
 class Trainer:
@@ -113,7 +116,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=config.weight_decay
         )
-        self.divergence = config.divergence()
+        self.divergence = config.divergence
         self.history: list[StepMetrics] = []
         self.start = self._resume()
 
@@ -121,40 +124,70 @@ class Trainer:
 
     def step(self, batch: Batch, seconds_sampling: float = 0.0) -> StepMetrics:
         """Score a batch under both models, take one optimiser step, and say what was seen."""
-        samples = batch.samples
-        if not samples:
-            raise DistillConfigError("none of the step's rollouts has a sampled token; see the stored episodes' errors")
-        model, number = self.student.model, len(self.history)
+        model = self.student.model
         model.train()
-        rate = self.config.learning_rate_at(number)
+        rate = self.config.learning_rate_at(len(self.history))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        sums, tokens = _Sums(), sum(sample.sampled for sample in samples)
         started = time.perf_counter()
-        self.teacher.prepare([sample.teacher_prompt for sample in samples])
-        sums.seconds_teacher += time.perf_counter() - started
-        for part in micro_batches(samples, self.config.micro_batch_tokens):
-            loss = self.loss(part, sequences=len(samples), tokens=tokens, sums=sums)
-            loss.backward()  # type: ignore[no-untyped-call]
+        sums = self._score_batch(batch.samples, lambda loss: loss.backward())  # type: ignore[no-untyped-call]
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
         if torch.isfinite(norm):  # a broken gradient must not reach the weights; the guard stops the run
             self.optimizer.step()
+            self.teacher.follow()
         self.optimizer.zero_grad(set_to_none=True)
-        seconds = time.perf_counter() - started
-        sums.seconds_student = seconds - sums.seconds_teacher
         model.eval()
-        return self._metrics(batch, sums, tokens, float(norm), rate, seconds, seconds_sampling)
+        return self._metrics(batch, sums, float(norm), rate, time.perf_counter() - started, seconds_sampling)
+
+    @torch.no_grad()
+    def measure(self, batch: Batch) -> StepMetrics:
+        """What `step` would say of a batch, without an update: gradient norm and learning rate are 0.
+
+        Before training it tells whether reverse KL has anything to hold on to: `teacher_mass`, `student_mass` and
+        `opening_overlap` at the first token. (The metrics of step 1 say the same of its own batch, since they are
+        taken before its update.) Validation batches measured so give the gap that training can close.
+        """
+        was_training = self.student.model.training
+        self.student.model.eval()
+        started = time.perf_counter()
+        sums = self._score_batch(batch.samples, lambda loss: None)
+        self.student.model.train(was_training)
+        return self._metrics(batch, sums, 0.0, 0.0, time.perf_counter() - started, 0.0)
+
+    @property
+    def objective(self) -> str:
+        """Name of the next step's divergence."""
+        if self.config.objective != "auto":
+            return self.config.objective
+        return auto_objective(self.history, enter=self.config.auto_enter, leave=self.config.auto_leave)
+
+    def _score_batch(self, samples: Sequence[Sample], use: Callable[[Tensor], None]) -> _Sums:
+        """Score all samples under both models in micro-batches, and give each part's loss to `use`."""
+        if not samples:
+            raise DistillConfigError("none of the step's rollouts has a sampled token; see the stored episodes' errors")
+        sums, tokens = _Sums(), sum(sample.sampled for sample in samples)
+        started = time.perf_counter()
+        if self.objective != "cross_entropy":
+            self.teacher.prepare([sample.teacher_prompt for sample in samples])
+        sums.seconds_prefix = sums.seconds_teacher = time.perf_counter() - started
+        for part in micro_batches(samples, self.config.micro_batch_tokens):
+            use(self.loss(part, sequences=len(samples), tokens=tokens, sums=sums))
+        return sums
 
     def loss(self, samples: Sequence[Sample], *, sequences: int, tokens: int, sums: _Sums) -> Tensor:
         """This micro-batch's share of the batch's loss, a scalar with gradient."""
-        started = time.perf_counter()
-        teacher_RD = self.teacher.hidden(samples)
-        sums.seconds_teacher += time.perf_counter() - started
         packed = pack([sample.student_prompt for sample in samples], samples, device=self.student.device)
-        student_RD = self.student.hidden(packed)[packed.predict_R]
-        d_R, overlap = chunked_divergence(
-            student_RD, self.student.head_VD, teacher_RD, self.teacher.head_VD, self.divergence
-        )
+        if self.objective == "cross_entropy":
+            student_RD = self.student.hidden(packed)[packed.predict_R]
+            d_R, overlap = chunked_cross_entropy(student_RD, self.student.head_VD, packed.target_R)
+        else:
+            started = time.perf_counter()
+            teacher_RD = self.teacher.hidden(samples)
+            sums.seconds_teacher += time.perf_counter() - started
+            student_RD = self.student.hidden(packed)[packed.predict_R]
+            d_R, overlap = chunked_divergence(
+                student_RD, self.student.head_VD, teacher_RD, self.teacher.head_VD, self.divergence(self.objective)
+            )
         weights_R = position_weights(
             packed.lengths, self.config.normalize, sequences=sequences, tokens=tokens, device=d_R.device
         )
@@ -168,6 +201,7 @@ class Trainer:
             sums.opening += float(d_R.detach()[start : start + min(length, OPENING)].sum())
             sums.first_teacher_mass.append(float(overlap.teacher_mass_P[start]))
             sums.first_student_mass.append(float(overlap.student_mass_P[start]))
+            sums.first_shared_mass.append(float(overlap.shared_mass_P[start]))
             start += length
         return loss
 
@@ -228,7 +262,8 @@ class Trainer:
             self.knowledge,
         ):
             raise CheckpointError(f"{self.folder} holds a run with other settings; give this run another folder")
-        state = restore(newest, self.student.model, self.optimizer)
+        state, teacher = restore(newest, self.student.model, self.optimizer)
+        self.teacher.restore(teacher)
         self.history = [StepMetrics.model_validate(entry) for entry in state["history"]]
         return int(state["step"])
 
@@ -246,6 +281,7 @@ class Trainer:
             seed=self.config.seed,
             optimizer=self.optimizer,
             state={"history": [metrics.model_dump() for metrics in self.history]},
+            teacher=self.teacher.state(),
         )
         if previous is not None and previous != folder:
             drop_trainer_state(previous)
@@ -263,13 +299,14 @@ class Trainer:
         draft.replace(self.folder / "validation.json")
 
     def _metrics(
-        self, batch: Batch, sums: _Sums, tokens: int, norm: float, rate: float, seconds: float, sampling: float
+        self, batch: Batch, sums: _Sums, norm: float, rate: float, seconds: float, sampling: float
     ) -> StepMetrics:
-        samples = batch.samples
+        samples, tokens = batch.samples, sum(sample.sampled for sample in batch.samples)
         responses = [[t for t, m in zip(s.continuation, s.mask, strict=True) if m] for s in samples]
         read = sum(len(s.student_prompt) + len(s.continuation) for s in samples)
         return StepMetrics(
             step=len(self.history) + 1,
+            objective=self.objective,
             loss=sums.loss,
             divergence=sums.divergence / tokens,
             opening_share=sums.opening / sums.divergence if sums.divergence else 0.0,
@@ -277,6 +314,7 @@ class Trainer:
             teacher_entropy=sums.teacher_entropy / tokens,
             teacher_mass=sum(sums.first_teacher_mass) / len(samples),
             student_mass=sum(sums.first_student_mass) / len(samples),
+            opening_overlap=sum(sums.first_shared_mass) / len(samples),
             response_tokens=tokens / len(samples),
             distinct_2=distinct_n(responses),
             leak_rate=leak_rate([self.decode(ids) for ids in responses]) if self.decode else 0.0,
@@ -285,10 +323,12 @@ class Trainer:
             learning_rate=rate,
             sequences=len(samples),
             dropped=batch.dropped,
+            staleness=batch.staleness,
             tokens_per_second=read / seconds,
             seconds_sampling=sampling,
             seconds_teacher=sums.seconds_teacher,
-            seconds_student=sums.seconds_student,
+            seconds_prefix=sums.seconds_prefix,
+            seconds_student=seconds - sums.seconds_teacher,
             peak_memory_bytes=peak_memory(self.student.device),
         )
 

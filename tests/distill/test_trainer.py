@@ -18,14 +18,15 @@ from distill.errors import CheckpointError, DistillConfigError
 from distill.monitor import Guard, GuardConfig, StepMetrics, distinct_n, leak_rate
 from distill.objective import forward_kl, reverse_kl
 from distill.packing import Sample
-from distill.source import Batch, OnPolicySource, check_pair, make_sample, shuffled_tasks
+from distill.source import Batch, OnPolicySource, check_pair, deal, make_sample
 from distill.teacher import FrozenTeacher
 from distill.trainer import Trainer, _Sums
 from envs import registry
 from envs.base import Split
 
 KNOWLEDGE = "Experience from earlier tasks. Follow it:\n- Reply with one digit."
-TIMES = {"seconds_sampling", "seconds_teacher", "seconds_student", "tokens_per_second", "peak_memory_bytes"}
+TIMES = {name for name in StepMetrics.model_fields if name.startswith("seconds_")}
+TIMES |= {"tokens_per_second", "peak_memory_bytes"}
 
 
 @pytest.fixture
@@ -190,7 +191,7 @@ def test_a_manifest_names_the_lineage(make_trainer) -> None:
 
 def test_nan_stops_the_run_before_it_reaches_the_weights(make_trainer) -> None:
     trainer = make_trainer(steps=4)
-    trainer.divergence = lambda s, t: (forward_kl(s, t)[0] * float("nan"), forward_kl(s, t)[1] * float("nan"))
+    trainer.divergence = lambda name: lambda s, t: tuple(x * float("nan") for x in forward_kl(s, t))
     before = weights(trainer)
     result = trainer.fit()
     assert "nan" in result.stopped
@@ -243,16 +244,17 @@ def test_samples_carry_the_sampled_ids_and_one_generation_header(make_trainer, t
 
 
 def test_tasks_are_dealt_without_repeats_and_by_step_alone(tasks) -> None:
-    first = [shuffled_tasks(tasks, step, 5, seed=3) for step in range(5)]
+    first = [deal(tasks, step, 5, seed=3) for step in range(5)]
     flat = [t.id for batch in first for t in batch]
     assert len(set(flat[:12])) == 12
     assert len(set(flat[12:24])) == 12
     assert flat[:12] != flat[12:24]
-    assert shuffled_tasks(tasks, 3, 5, seed=3) == first[3]
+    assert deal(tasks, 3, 5, seed=3) == first[3]
 
 
 def metrics(step: int, **changed: float) -> StepMetrics:
     fields = dict.fromkeys(StepMetrics.model_fields, 1.0) | {"sequences": 1, "dropped": 0, "peak_memory_bytes": 1}
+    fields["objective"] = "forward_kl"
     return StepMetrics.model_validate({**fields, "staleness": 0, "step": step, **changed})
 
 
