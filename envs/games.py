@@ -25,6 +25,9 @@ from envs.errors import BadTaskError, EnvFailedError
 #: Python between calls of the interpreter that take microseconds, so nothing is lost by it.
 TEXTWORLD_LOCK = threading.RLock()
 
+#: Bytes that the length in a story's header counts in, by the story's version (Z-Machine Standard 1.1, 11.1.6).
+_LENGTH_UNITS = {1: 2, 2: 2, 3: 2, 4: 4, 5: 4, 6: 8, 7: 8, 8: 8}
+
 
 def games_folder() -> Path:
     """Where games are kept: `games/` under ENGRAIN_HOME, else under the user's cache folder."""
@@ -66,6 +69,26 @@ def game_file(kind: str, settings: Mapping[str, Any], seed: int) -> Path:
     finally:
         shutil.rmtree(made, ignore_errors=True)
     return file
+
+
+def check_story(file: Path) -> None:
+    """Refuse a damaged story file: the interpreter does not report one, it ends the whole process.
+
+    Raises:
+        BadTaskError: the file is no Z-machine story, is cut short, or its checksum is wrong.
+    """
+    try:
+        story = file.read_bytes()
+    except OSError as error:
+        raise BadTaskError(f"game file {file} cannot be read: {error.strerror}") from error
+    if len(story) < 64 or story[0] not in _LENGTH_UNITS:
+        raise BadTaskError(f"game file {file} is no Z-machine story")
+    length = int.from_bytes(story[0x1A:0x1C], "big") * _LENGTH_UNITS[story[0]]
+    if length > len(story):
+        raise BadTaskError(f"game file {file} is cut short: {len(story)} of {length} bytes")
+    checksum = int.from_bytes(story[0x1C:0x1E], "big")  # 0 where a compiler wrote none
+    if length and checksum and sum(story[0x40:length]) % 0x10000 != checksum:
+        raise BadTaskError(f"game file {file} is damaged: its checksum is wrong")
 
 
 def _version() -> str:

@@ -25,6 +25,8 @@ _EASIER: dict[str, dict[str, Any]] = {
 _EXPRESSIONS = frozenset(_EASIER)
 #: Items taken from one dataset object; some generators lay out that many in advance.
 _CHUNK = 500
+#: Expressions in a row that a preset may leave out; with more the parameters leave it (almost) nothing.
+_LEFT_OUT = 20_000
 
 
 @dataclass(frozen=True)
@@ -69,22 +71,30 @@ def _draw_one(name: str, difficulty: Mapping[str, Any], seed: int) -> Iterator[Q
     parameters = {**_EASIER.get(preset.dataset, {}), **preset.parameters}
     parameters |= _typed(name, preset.dataset, difficulty)
     start = content_number(f"{name}/{seed}")
+    left_out = 0
     while True:
-        for entry in _dataset(name, preset.dataset, {**parameters, "seed": start, "size": _CHUNK}):
+        for entry in _entries(name, preset.dataset, {**parameters, "seed": start, "size": _CHUNK}):
             expression = entry["metadata"].get("expression") if preset.dataset in _EXPRESSIONS else None
             if preset.without and expression and preset.without in expression:
+                left_out += 1
+                if left_out == _LEFT_OUT:
+                    raise UsageError(
+                        f"generator {name!r} with these parameters makes hardly an expression without "
+                        f"{preset.without!r}; ask for fewer terms or use {preset.dataset!r} itself"
+                    )
                 continue
+            left_out = 0
             text = f"What is {expression}?" if expression else str(entry["question"]).strip()
             yield Question(text, str(entry["answer"]), name)
         start += _CHUNK
 
 
-def _dataset(name: str, dataset_name: str, parameters: Mapping[str, Any]) -> Any:
+def _entries(name: str, dataset_name: str, parameters: Mapping[str, Any]) -> Iterator[Any]:
     from reasoning_gym.factory import create_dataset
 
     try:
-        return create_dataset(dataset_name, **parameters)
-    except (AssertionError, TypeError, ValueError) as error:
+        yield from create_dataset(dataset_name, **parameters)
+    except Exception as error:  # generators check some parameters and stumble over others
         raise UsageError(f"generator {name!r} refuses its parameters: {error}") from error
 
 

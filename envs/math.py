@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from decimal import Decimal
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -18,7 +19,7 @@ from envs.answers import Convention, find_answer, plain_number
 from envs.base import Env, Observation, Split, Step, Task, World
 from envs.errors import BadTaskError, EnvFailedError, UsageError
 from envs.generators import Question, draw
-from envs.options import Options, comma_list
+from envs.options import Options, comma_list, is_file, storable
 from envs.splits import content_number, split_of
 from envs.verify import shared_checker
 
@@ -139,7 +140,7 @@ class MathWorld(World):
         for generator in difficulty:
             if generator not in used:
                 raise UsageError(f"difficulty is set for {generator!r}, which is none of {', '.join(sorted(used))}")
-        if parsed.data is not None and not parsed.data.is_file():
+        if parsed.data is not None and not is_file(parsed.data):
             raise UsageError(f"env 'math', option data={str(parsed.data)!r}: no such file")
         return cls(parsed.model_copy(update={"difficulty": difficulty}))
 
@@ -151,9 +152,11 @@ class MathWorld(World):
         """
         questions = list(islice(self._distinct(split, seed), count))
         if len(questions) < count:
+            generated = self.options.data is None or split is Split.OOD
+            fix = "widen the generators or their `difficulty`" if generated else f"give more than {self.options.data}"
             raise UsageError(
                 f"env 'math' has {len(questions)} tasks in split {split.value!r}, {count} were asked for; "
-                "ask for fewer or widen `generators` or `difficulty`"
+                f"ask for fewer or {fix}"
             )
         return [self._task(question, split) for question in questions]
 
@@ -202,15 +205,9 @@ class MathWorld(World):
             return []
         questions = []
         for number, row in enumerate(_read_rows(path, [options.question_key, options.answer_key]), 1):
-            try:
-                text, answer = (str(row[key]).strip() for key in (options.question_key, options.answer_key))
-            except (KeyError, TypeError) as error:
-                keys = ", ".join(map(str, row)) if isinstance(row, Mapping) else "no keys"
-                raise UsageError(
-                    f"{path}: row {number} lacks {error}; it has {keys} (see question_key, answer_key)"
-                ) from error
-            if not text or not answer:
-                raise UsageError(f"{path}: row {number} has an empty question or answer")
+            if not isinstance(row, Mapping):
+                raise UsageError(f"{path}: row {number} is no object with keys but {str(row)[:_SHOWN]!r}")
+            text, answer = (_cell(path, number, row, key) for key in (options.question_key, options.answer_key))
             questions.append(Question(text, answer, path.name))
         return questions
 
@@ -226,6 +223,20 @@ class MathWorld(World):
         return Task.create(self.name, split, content_number(question.text), parameters.model_dump(mode="json"))
 
 
+def _cell(path: Path, number: int, row: Mapping[str, Any], key: str) -> str:
+    """A question or an answer as text: a string or a number, nothing that would only be printed as one."""
+    if key not in row:
+        has = ", ".join(map(str, row)) or "no keys"
+        raise UsageError(f"{path}: row {number} lacks {key!r}; it has {has} (see question_key, answer_key)")
+    value = row[key]
+    if isinstance(value, bool) or not isinstance(value, str | int | float | Decimal):
+        raise UsageError(f"{path}: row {number}, {key!r} is {str(value)[:_SHOWN]!r}, neither text nor a number")
+    text = str(value).strip()
+    if not text or not storable(text):
+        raise UsageError(f"{path}: row {number}, {key!r} is {'not UTF-8 text' if text else 'empty'}")
+    return text
+
+
 def _read_rows(path: Path, keys: list[str]) -> Iterator[Any]:
     if path.suffix == ".parquet":
         import pyarrow as arrow
@@ -235,14 +246,21 @@ def _read_rows(path: Path, keys: list[str]) -> Iterator[Any]:
             names = parquet.read_schema(path).names
             columns = [key for key in keys if key in names] or names
             yield from parquet.read_table(path, columns=columns).to_pylist()
-        except arrow.ArrowException as error:
+        except (arrow.ArrowException, OSError) as error:
             raise UsageError(f"{path}: not a readable Parquet file: {error}") from error
         return
-    with path.open(encoding="utf-8") as lines:
+    try:
+        lines = path.open("rb")
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from error
+    with lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
-                yield json.loads(line)
-            except ValueError as error:
+                # A byte order mark, as some editors write, may stand before the first line.
+                yield json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            except UnicodeDecodeError as error:
+                raise UsageError(f"{path}: line {number} is not UTF-8: {error}") from error
+            except (ValueError, RecursionError) as error:
                 raise UsageError(f"{path}: line {number} is not JSON: {error}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -15,6 +16,23 @@ def comma_list(value: Any) -> Any:
     if isinstance(value, str):
         return tuple(part.strip() for part in value.split(",") if part.strip())
     return value
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is such a file; False also for what cannot be a path, such as a name that is too long."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
+def storable(text: str) -> bool:
+    """Whether a text has a UTF-8 form; lone surrogates, as bytes that are no UTF-8 leave them, have none."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class Options(BaseModel):
@@ -33,6 +51,9 @@ class Options(BaseModel):
         if unknown:
             known = ", ".join(cls.model_fields)
             raise UsageError(f"unknown option {unknown[0]!r} for env {world!r}; known options: {known}")
+        for name, value in options.items():
+            if isinstance(value, str) and not storable(value):
+                raise UsageError(f"env {world!r}, option {name}={value!r}: not UTF-8 text")
         try:
             return cls.model_validate(dict(options))
         except ValidationError as error:

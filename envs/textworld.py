@@ -12,8 +12,8 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from envs.base import Env, Observation, Split, Step, Task, World
 from envs.errors import BadTaskError, EnvFailedError, UsageError
-from envs.games import TEXTWORLD_LOCK, game_file
-from envs.options import Options
+from envs.games import TEXTWORLD_LOCK, check_story, game_file
+from envs.options import Options, is_file
 
 SYSTEM = "You are playing a text adventure game. Reply with one command and nothing else."
 
@@ -21,17 +21,22 @@ SYSTEM = "You are playing a text adventure game. Reply with one command and noth
 _LONGEST_COMMAND = 160
 #: Turns added for out-of-distribution games, which are longer.
 _OOD_EXTRA_TURNS = 4
-#: Commands that write files, leave the game or read its debugging output.
+#: Commands that write files, leave the game or read its debugging output; words count to nine letters only.
 _FORBIDDEN = re.compile(
-    r"(save|restore|restart|quit|q|script|transcript|unscript|recording|replay|tw-\S*|actions|rules|showme)\b",
+    r"\s*(save|restore|restart|quit|q|(no|un)?script|transcrip\w*|recording\w*|replay|tw-\S*|actions|rules|showme)\b",
     re.IGNORECASE,
 )
+#: Where one line of input ends a command and begins another, and where it may.
+_NEXT_COMMAND = re.compile(r"[.;!?]|\bthen\b", re.IGNORECASE)
+_NEXT_PART = re.compile(r"[,.;!?]|\b(?:then|and)\b", re.IGNORECASE)
 _BANNER_LINE = re.compile(r"^(?=.*[$\\]|.*__)[ $|\\/_<>]+$", re.MULTILINE)
 _PROMPT_LINE = re.compile(r"\n?^>[^\n]*\Z", re.MULTILINE)
 _MENU_LINE = re.compile(r"^Would you like to RESTART[^\n]*$", re.MULTILINE)
 #: How Inform's library ends a story, and tells the score then: all there is to go by in a game of unknown make.
 _ENDING = re.compile(r"^\s*\*\*\*\s*(.{1,80}?)\s*\*\*\*\s*$", re.MULTILINE)
 _FINAL_SCORE = re.compile(r"scored (-?\d+) (?:points? )?out of a possible (\d+)")
+#: What the Z-machine holds of TextWorld's rooms.
+_MOST_ROOMS = 100
 #: TextWorld's own food splits; its out-of-distribution games use unseen food too.
 _FOOD_SPLITS = {Split.TRAIN: "train", Split.VALIDATION: "valid", Split.TEST: "test", Split.OOD: "test"}
 
@@ -61,7 +66,7 @@ class TextWorldOptions(Options):
     drop: bool = False
     """Cooking: the player can carry only a few things."""
     level: int = Field(3, ge=1, le=250)
-    """Coin collector: its level; the quest's length is the level's last two digits."""
+    """Coin collector: its level; the quest's length is the level's last two digits. 1-150 and 201-233 can be made."""
     world_size: int = Field(5, ge=1, le=100)
     """Custom: rooms."""
     nb_objects: int = Field(10, ge=1, le=100)
@@ -80,6 +85,8 @@ class TextWorldOptions(Options):
     def _consistent(self) -> TextWorldOptions:
         if self.take > self.recipe:
             raise ValueError(f"take={self.take} is more than recipe={self.recipe}")
+        if self.game == "coin_collector" and _coin_rooms(self.level) > _MOST_ROOMS:
+            raise ValueError(f"level={self.level} has {_coin_rooms(self.level)} rooms, TextWorld makes {_MOST_ROOMS}")
         return self
 
 
@@ -101,10 +108,24 @@ class _Parameters(BaseModel):
 
 
 def command_of(reply: str) -> str:
-    """The command in a reply: its first line with text, without a leading `>` or surrounding quotes."""
+    """The command in a reply: its first line with text, without a leading `>` or surrounding quotes.
+
+    Of several commands in that line (`look. go north`, `look then go north`) it is the first: a reply is one turn.
+    """
     line = next((line.strip() for line in reply.splitlines() if line.strip()), "")
     line = line.lstrip("> \t").strip("\"'`“”‘’ \t")
+    line = next((part for part in _NEXT_COMMAND.split(line) if part.strip()), "").strip("\"'`“”‘’ \t")
     return " ".join(line.split())[:_LONGEST_COMMAND]
+
+
+def _forbidden(command: str) -> bool:
+    """Whether a command, or what `and` or a comma joins to it, is one that a player must not give."""
+    return any(_FORBIDDEN.match(part) for part in _NEXT_PART.split(command))
+
+
+def _coin_rooms(level: int) -> int:
+    """Rooms of a coin collector game: a quest of 1 to 100 rooms, times one more for each hundred levels."""
+    return ((level - 1) // 100 + 1) * ((level - 1) % 100 + 1)
 
 
 def clean(text: str) -> str:
@@ -170,7 +191,7 @@ class TextWorldEnv(Env):
         command = command_of(text)
         before = self.score
         with TEXTWORLD_LOCK:
-            if not command or _FORBIDDEN.match(command):
+            if not command or _forbidden(command):
                 refusal = self._with_commands("That is not a command of this game.")
                 observation = Observation(refusal, self._commands)
                 ended = False
@@ -210,12 +231,15 @@ class TextWorldEnv(Env):
     def _file(self) -> Path:
         parameters = self._parameters
         if parameters.game is not None:
-            return game_file(parameters.game, parameters.settings, self.task.seed)
+            file = game_file(parameters.game, parameters.settings, self.task.seed)
+            check_story(file)
+            return file
         file = Path(str(parameters.path))
-        if not file.is_file():
+        if not is_file(file):
             raise BadTaskError(f"task {self.task.id}: no game file at {file}")
         if parameters.sha256 and _digest(file) != parameters.sha256:
             raise BadTaskError(f"task {self.task.id}: {file} is not the file that the task was made from")
+        check_story(file)
         return file
 
     def _read(self, state: Any) -> bool:
@@ -326,7 +350,12 @@ class TextWorldWorld(World):
                 settings |= {"recipe": options.recipe + more, "take": options.take + more}
                 settings |= {"recipe_seed": 0, "split": _FOOD_SPLITS[split]}
             case "coin_collector":
-                settings = {"level": options.level + 2 * ood}
+                level = options.level + 2 * ood
+                if _coin_rooms(level) > _MOST_ROOMS or _coin_rooms(level) < _coin_rooms(options.level):
+                    raise UsageError(
+                        f"env 'textworld': no harder game (split 'ood') than that of level={options.level}"
+                    )
+                settings = {"level": level}
             case "custom":
                 settings = {
                     "world_size": options.world_size,
@@ -343,7 +372,7 @@ class TextWorldWorld(World):
 
 
 def _check_path(path: Path) -> None:
-    if not path.is_file():
+    if not is_file(path):
         raise UsageError(f"env 'textworld', option path={str(path)!r}: no such file")
     if path.suffix == ".ulx":
         raise UsageError(
@@ -352,3 +381,4 @@ def _check_path(path: Path) -> None:
         )
     if not re.fullmatch(r"\.z[1-8]", path.suffix):
         raise UsageError(f"env 'textworld', option path={path.name!r}: not a .z1 to .z8 game file")
+    check_story(path)

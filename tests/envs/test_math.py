@@ -110,6 +110,10 @@ def test_questions_from_a_file(tmp_path, kind):
         ({"gcd.min_value": "1"}, "gcd"),
         ({"convention": "shout"}, "shout.*answer_tag"),
         ({"data": "nowhere.jsonl"}, "nowhere"),
+        ({"data": "n" * 300}, "no such file"),
+        ({"system": "\udcff"}, "not UTF-8"),
+        ({"difficulty": '{"sums": {"min_digits": 1.5}}'}, "refuses its parameters"),
+        ({"sums.min_terms": "40", "sums.max_terms": "40"}, "hardly an expression without '-'"),
     ],
 )
 def test_bad_options_are_named(options, words):
@@ -122,9 +126,32 @@ def test_bad_rows_are_named(tmp_path):
     path.write_text('{"question": "1+1"}\n')
     with pytest.raises(UsageError, match="row 1 lacks 'answer'"):
         registry.world("math", {"data": path}).tasks(Split.TRAIN, 1)
-    path.write_text("[1]\nnot json\n")
-    with pytest.raises(UsageError, match=r"row 1|line 2"):
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"[1]\n", r"row 1 is no object with keys but '\[1\]'"),
+        (b'{"question": "1+1", "answer": 2}\nnot json\n', "line 2 is not JSON"),
+        (b'{"question": "caf\xe9?", "answer": "1"}\n', "line 1 is not UTF-8"),
+        (b'{"question": "1+1", "answer": null}\n', "row 1, 'answer' is 'None', neither text nor a number"),
+        (b'{"question": ["1+1"], "answer": 2}\n', "row 1, 'question' is"),
+        (b'{"question": " ", "answer": 2}\n', "row 1, 'question' is empty"),
+        (b'{"question": "\\ud800", "answer": 2}\n', "row 1, 'question' is not UTF-8"),
+        (b"", "has 0 tasks in split 'train', 1 were asked for; ask for fewer or give more than .*data.jsonl"),
+    ],
+)
+def test_what_is_no_question_is_named(tmp_path, content, words):
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match=words):
         registry.world("math", {"data": path}).tasks(Split.TRAIN, 1)
+
+
+def test_a_byte_order_mark_is_passed_over(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + b"".join(b'{"question": "%d?", "answer": 1}\n' % n for n in range(9)))
+    assert registry.world("math", {"data": path}).tasks(Split.TRAIN, 1)
 
 
 def test_an_exhausted_split_says_how_many_there_are():

@@ -1,4 +1,3 @@
-import json
 import os
 import shutil
 import subprocess
@@ -14,7 +13,7 @@ from hypothesis import strategies as st
 from envs import games, registry
 from envs.base import Split, Task
 from envs.errors import BadTaskError, EnvFailedError, UsageError
-from envs.games import game_file, games_folder
+from envs.games import check_story, game_file, games_folder
 from envs.textworld import clean, command_of
 
 KINDS = [{}, {"game": "coin_collector"}, {"game": "custom"}]
@@ -171,8 +170,6 @@ def test_a_game_file_plays_by_its_path(tmp_path):
     lone.write_bytes(b"other")
     with pytest.raises(BadTaskError, match="not the file"):
         registry.make(task).reset()
-    broken = registry.world("textworld", {"path": str(lone)}).tasks(Split.TEST, 1)[0]
-    assert json.loads(broken.model_dump_json())["parameters"]["path"] == str(lone)
 
 
 @pytest.mark.parametrize(
@@ -194,6 +191,48 @@ def test_files_that_are_no_games(tmp_path, name, words):
     (tmp_path / name).write_bytes(b"Glul")
     with pytest.raises(UsageError, match=words):
         registry.world("textworld", {"path": tmp_path / name})
+
+
+def test_a_damaged_story_is_refused_because_the_interpreter_would_end_the_process(tmp_path):
+    whole = registry.make(registry.world("textworld", {"game": "coin_collector"}).tasks(Split.TRAIN, 1)[0])._file()
+    story = whole.read_bytes()
+    check_story(whole)
+    file = tmp_path / "mine.z8"
+    for bad, words in (
+        (b"", "no Z-machine story"),
+        (b"\x09" + story[1:], "no Z-machine story"),
+        (story[:-2000], "cut short"),
+        (story[:5000] + bytes([story[5000] ^ 1]) + story[5001:], "damaged"),
+    ):
+        file.write_bytes(bad)
+        with pytest.raises(BadTaskError, match=words):
+            registry.world("textworld", {"path": file})
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["look. save", "look.script", "look then transcript", "look and save", "look, script", "transcription", "noscript"],
+)
+def test_no_reply_makes_the_game_write_a_file(tmp_path, monkeypatch, line):
+    env = registry.make(registry.world("textworld").tasks(Split.TRAIN, 1)[0])
+    env.reset()
+    monkeypatch.chdir(tmp_path)
+    before = set(tmp_path.rglob("*"))
+    env.step(line)
+    env.step("stolen")
+    env.close()
+    assert set(tmp_path.rglob("*")) == before
+
+
+def test_coin_collectors_that_textworld_cannot_make_are_refused_at_the_door():
+    for level in ("151", "200", "234"):
+        with pytest.raises(UsageError, match=f"level={level} has"):
+            registry.world("textworld", {"game": "coin_collector", "level": level})
+    for level in ("99", "149", "232"):
+        world = registry.world("textworld", {"game": "coin_collector", "level": level})
+        assert world.tasks(Split.TEST, 1)
+        with pytest.raises(UsageError, match=f"no harder game .* level={level}"):
+            world.tasks(Split.OOD, 1)
 
 
 def test_a_crashing_game_is_an_env_failure():
@@ -218,6 +257,10 @@ def test_bad_tasks(parameters):
         ('"take coin"', "take coin"),
         ("> 'open  fridge'", "open fridge"),
         ("`look`", "look"),
+        ("take knife. go north.", "take knife"),
+        ("Take the knife, then go north", "Take the knife,"),
+        ('"look."', "look"),
+        ("...", ""),
         ("", ""),
     ],
 )
