@@ -14,9 +14,10 @@ _NUMBER = re.compile(r"(?<![\w.)])[-+−]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:/\d+)?|
 _PLAIN = re.compile(r"[-+]?(?:\d{1,60}(?:\.\d{0,60})?|\.\d{1,60})(?:/\d{1,60})?")
 _THOUSANDS = re.compile(r"[-+]?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
 _ANSWER_IS = re.compile(r"\banswer\s*(?:is|=|:)[ \t]*:?[ \t]*([^\n]{1,200})", re.IGNORECASE)
-_JSON_OBJECT = re.compile(r"\{[^{}]*\}")
 #: Replies longer than this are searched at their end only: an answer stands last.
 _SEARCHED = 100_000
+#: Opening braces tried, from the last one back; bounds the price of a reply that is full of them.
+_BRACES = 64
 
 
 class Convention(StrEnum):
@@ -79,15 +80,18 @@ def find_answer(reply: str, convention: Convention, *, numeric: bool = True) -> 
 
 
 def _tagged(text: str) -> str | None:
-    end = text.rfind("</answer>")
-    start = text.rfind("<answer>", 0, max(end, 0))
-    return text[start + len("<answer>") : end] if start >= 0 else None
+    start = text.rfind("<answer>", 0, max(text.rfind("</answer>"), 0))
+    return text[start + len("<answer>") : text.find("</answer>", start)] if start >= 0 else None
 
 
 def _in_json(text: str) -> str | None:
-    for found in reversed(_JSON_OBJECT.findall(text)):
+    start = len(text)
+    for _ in range(_BRACES):
+        start = text.rfind("{", 0, start)
+        if start < 0:
+            return None
         try:
-            value = json.loads(found).get("answer")
+            value = json.JSONDecoder().raw_decode(text, start)[0].get("answer")
         except (ValueError, RecursionError):
             continue
         if isinstance(value, str | int | float) and not isinstance(value, bool):

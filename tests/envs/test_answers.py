@@ -57,6 +57,12 @@ def test_the_last_of_several_answers_counts_and_empty_ones_do_not():
     assert find_answer("<answer>12", Convention.ANSWER_TAG) is None
     assert find_answer("</answer>12<answer>", Convention.ANSWER_TAG) is None
     assert find_answer('{"answer": true}', Convention.JSON) is None
+    assert find_answer("<answer>3</answer> and </answer>", Convention.ANSWER_TAG) == "3"
+
+
+@pytest.mark.parametrize("reply", ['{"answer": 12, "why": {"sum": [9, 3]}}', '{"why": "a { b", "answer": "12"} done'])
+def test_any_json_object_with_an_answer_counts(reply):
+    assert find_answer(reply, Convention.JSON) == "12"
 
 
 @given(st.text(), st.sampled_from(sorted(Convention)), st.booleans())
