@@ -1,8 +1,8 @@
 """Playing many tasks together: whichever envs wait for a reply share the next call of the engine.
 
 The engine runs in the calling thread, envs are made, reset and stepped in a thread pool, so that an env that takes
-its time never stalls the others. An episode's outcome depends on its task, its id and the seed only, not on who
-was in the batch (up to the rounding of the model's matrix products).
+its time never stalls the others. An episode's outcome depends on its task, its sample number and the seed only, not
+on who was in the batch (up to the rounding of the model's matrix products).
 """
 
 from __future__ import annotations
@@ -64,6 +64,7 @@ class _Game:
     order: int
     id: str
     task: Task
+    sample: int
     started_at: datetime
     clock: float
     env: Env | None = None
@@ -112,7 +113,7 @@ def play(
     Args:
         tasks: what to play.
         engine: who plays.
-        sampling: its `seed` is ignored: every request gets its own, from `seed`, episode id and turn.
+        sampling: its `seed` is ignored: every request gets its own, from `seed`, task, sample and turn.
         namespace: part of every episode's id; the same namespace, task and sample give the same id.
         knowledge: text placed first in the system message. It is not part of `Episode.messages`.
         knowledge_id: its id, as `Episode.knowledge`.
@@ -141,7 +142,7 @@ def play(
     for order, (task, sample) in enumerate((task, sample) for task in tasks for sample in range(samples)):
         identity = episode_id(namespace, task, sample)
         if identity not in skip:
-            games.append(_Game(order, identity, task, datetime.now(UTC), 0.0))
+            games.append(_Game(order, identity, task, sample, datetime.now(UTC), 0.0))
     stats.total += len(games)
     run = _Run(
         engine=engine,
@@ -160,9 +161,10 @@ def play(
     return run.all(games)
 
 
-def request_seed(seed: int, episode: str, turn: int) -> int:
-    """The sampling seed of one request, in [0, 2**63)."""
-    digest = hashlib.sha256(f"{seed}\0{episode}\0{turn}".encode()).digest()
+def request_seed(seed: int, task: str, sample: int, turn: int) -> int:
+    """The sampling seed of one request, in [0, 2**63). It does not depend on the episode's id: two runs of one seed
+    sample alike whatever they are called."""
+    digest = hashlib.sha256(f"{seed}\0{task}\0{sample}\0{turn}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
@@ -279,7 +281,7 @@ class _Run:
         params = self.sampling.model_copy(
             update={
                 "max_tokens": min(self.sampling.max_tokens, room),
-                "seed": request_seed(self.sampling.seed or 0, game.id, len(game.turns)),
+                "seed": request_seed(self.sampling.seed or 0, game.task.id, game.sample, len(game.turns)),
             }
         )
         self.ready.append((game, params))
