@@ -21,5 +21,9 @@ class CheckpointError(UsageError):
     """A checkpoint folder is neither a LoRA adapter nor full weights, or does not fit the model."""
 
 
+class ModelLoadError(UsageError):
+    """A model folder is broken or incomplete; the message names it and the fault."""
+
+
 class EngineFailedError(EngrainError):
     """The model produced no usable numbers (NaN logits); the message names the model."""

@@ -6,6 +6,7 @@ does not depend on its neighbours.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -25,8 +26,8 @@ def check_sampling(sampling: SamplingParams) -> None:
     Raises:
         SamplingError: naming the parameter and its value.
     """
-    if sampling.temperature < 0:
-        raise SamplingError(f"temperature {sampling.temperature} is below 0; 0 is greedy")
+    if not 0 <= sampling.temperature < math.inf:
+        raise SamplingError(f"temperature {sampling.temperature} is not a number from 0 up; 0 is greedy")
     if not 0 < sampling.top_p <= 1:
         raise SamplingError(f"top_p {sampling.top_p} is not in (0, 1]; 1 keeps all tokens")
     if sampling.top_k < 0:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from agent.engines.base import Completion
@@ -18,11 +19,13 @@ from agent.engines.decode import Decoder, Limits
 from agent.engines.lora import merged
 from agent.engines.sampling import check_sampling
 from agent.episode import SamplingParams
-from agent.errors import CheckpointError, ContextLengthError
+from agent.errors import CheckpointError, ContextLengthError, ModelLoadError
 from agent.renderer import Renderer
 
 _FALLBACK_CONTEXT = 4096
 _REUSE_TOKENS = 65_536
+#: What transformers, PEFT and safetensors raise over files that are missing, broken or of another model.
+_BAD_FILES = (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError)
 
 
 class TransformersEngine:
@@ -41,6 +44,7 @@ class TransformersEngine:
         merge: "auto" merges a LoRA adapter into the weights while sampling; False never does.
 
     Raises:
+        ModelLoadError: the folder's configuration, weights or tokenizer are missing, broken or incomplete.
         ChatTemplateError: the tokenizer has no usable chat template.
     """
 
@@ -65,14 +69,14 @@ class TransformersEngine:
         self._merge = merge is not False
         self._wrapped = False
         self._stack = ExitStack()
-        if isinstance(model, torch.nn.Module):
-            self._base: Any = model
-        else:
-            self._base = self._load_weights(str(model))
+        try:
+            self._base: Any = model if isinstance(model, torch.nn.Module) else self._load_weights(str(model))
+            if tokenizer is None:
+                source = self._source or getattr(self._base.config, "_name_or_path", "")
+                tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        except _BAD_FILES as error:
+            raise ModelLoadError(f"model {name} cannot be loaded from {self._source}: {error}") from error
         self.network: Any = self._base  # what is sampled from: the base model, or an adapter around it
-        if tokenizer is None:
-            source = self._source or getattr(self._base.config, "_name_or_path", "")
-            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         self.tokenizer = tokenizer
         self.renderer = Renderer(tokenizer)
         self.limits = Limits(max_batch=max_batch, batch_tokens=batch_tokens)
@@ -121,7 +125,7 @@ class TransformersEngine:
         """Sample from this checkpoint folder from now on; None is the base model.
 
         A folder with `adapter_config.json` is a LoRA adapter of the base model; one with `config.json` is a whole
-        model. Both in safetensors.
+        model. Both in safetensors. `checkpoint` becomes the id in its manifest, or the folder's name without one.
 
         Raises:
             CheckpointError: the folder holds neither, or does not fit, or this engine wraps a model in training.
@@ -145,10 +149,10 @@ class TransformersEngine:
                 if self._source is not None:
                     self._base = None  # two whole models may not fit; the base is loaded again when asked for
                 self.network = self._load_weights(str(checkpoint))
-        except (ValueError, RuntimeError, OSError, KeyError) as error:
+        except _BAD_FILES as error:
             self._unload()
             raise CheckpointError(f"checkpoint {checkpoint} does not fit {self.model}: {error}") from error
-        self.checkpoint = checkpoint.name
+        self.checkpoint = _identity(checkpoint)
 
     def close(self) -> None:
         """Free the model's memory. A model that was handed in is left as it was."""
@@ -198,9 +202,12 @@ class TransformersEngine:
                     module.training = True
 
     def _load_weights(self, source: str) -> Any:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            source, dtype=self._dtype, use_safetensors=True, trust_remote_code=False
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source, dtype=self._dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
+        model, report = loaded
+        if missing := sorted(report["missing_keys"]):  # transformers would go on with random numbers in their place
+            raise ValueError(f"{len(missing)} weights are missing, {missing[0]} for one")
         return model.to(self._device).eval()
 
 
@@ -224,6 +231,14 @@ def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     able = torch.cpu.get_capabilities()
     return torch.bfloat16 if able.get("avx512_bf16") or able.get("amx_bf16") else torch.float32
+
+
+def _identity(folder: Path) -> str:
+    """The id of a checkpoint: what training wrote in its manifest, else the folder's name."""
+    try:
+        return str(json.loads((folder / "manifest.json").read_text())["id"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return folder.name
 
 
 def _check_folder(folder: Path) -> None:

@@ -34,8 +34,8 @@ def resolve(model: str, *, fetch: bool = True, progress: Progress | None = None)
     report = progress or _silent
     if model in CATALOG:
         return _resolve_short(model, fetch, report)
-    local = Path(model).expanduser()
-    if local.is_dir():
+    local = _folder(model)
+    if local is not None:
         if not (local / "config.json").is_file():
             raise UnknownModelError(f"{model!r} is a folder without config.json, not a model")
         return local.absolute()
@@ -44,6 +44,15 @@ def resolve(model: str, *, fetch: bool = True, progress: Progress | None = None)
     near = get_close_matches(model, CATALOG, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"known names: {', '.join(CATALOG)};"
     raise UnknownModelError(f"unknown model {model!r}: {hint} a model folder or a hub id (owner/name) works too")
+
+
+def _folder(model: str) -> Path | None:
+    """The folder of that name, None also where the name cannot be one (too long, or of an unknown user's home)."""
+    try:
+        local = Path(model).expanduser()
+        return local if local.is_dir() else None
+    except (OSError, RuntimeError):
+        return None
 
 
 def cached(name: str) -> Path | None:

@@ -11,13 +11,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 
 from agent.engines.cache import PastStore, RowCache
 from agent.engines.lora import can_merge, merged
 from agent.engines.sampling import draw, keep_top, pick
 from agent.engines.transformers import TransformersEngine, pick_dtype
 from agent.episode import FinishReason, Message, SamplingParams
-from agent.errors import CheckpointError, ContextLengthError, EngineFailedError, SamplingError
+from agent.errors import CheckpointError, ContextLengthError, EngineFailedError, ModelLoadError, SamplingError
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
 
@@ -155,7 +156,18 @@ def test_a_prompt_that_does_not_fit_is_refused_with_its_lengths(engine: Transfor
         engine.generate([[5] * 4090], [GREEDY])
 
 
-@pytest.mark.parametrize("bad", [{"temperature": -1}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_k": -2}, {"max_tokens": 0}])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"temperature": -1},
+        {"temperature": float("nan")},
+        {"temperature": float("inf")},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+        {"top_k": -2},
+        {"max_tokens": 0},
+    ],
+)
 def test_bad_sampling_parameters_are_refused(engine: TransformersEngine, bad: dict[str, Any]) -> None:
     with pytest.raises(SamplingError, match=next(iter(bad))):
         engine.generate([[5]], [SamplingParams(**bad)])
@@ -376,6 +388,45 @@ def test_a_bad_checkpoint_is_refused_and_the_old_one_stays(
     with_adapter(tiny_model(hidden_size=64)).save_pretrained(tmp_path / "other")
     with pytest.raises(CheckpointError, match="does not fit"):
         engine.load(tmp_path / "other")
+    assert engine.generate(prompts_of(engine, "a"), [GREEDY])
+
+
+def test_the_checkpoints_id_is_the_one_in_its_manifest(
+    engine: TransformersEngine, tiny_model: Callable[..., Any], tmp_path: Path
+) -> None:
+    folder = tmp_path / "step-000004"
+    with_adapter(tiny_model()).save_pretrained(folder)
+    engine.load(folder)
+    assert engine.checkpoint == "step-000004"
+    for manifest, expected in (('{"id": "0123abcd"}', "0123abcd"), ("[]", "step-000004"), ("{", "step-000004")):
+        (folder / "manifest.json").write_text(manifest)
+        engine.load(folder)
+        assert engine.checkpoint == expected
+
+
+def test_a_broken_model_or_adapter_is_one_error_that_names_it(
+    engine: TransformersEngine, tiny_model: Callable[..., Any], tiny_folder: Path, tmp_path: Path
+) -> None:
+    weights, config = (tiny_folder / name for name in ("model.safetensors", "config.json"))
+    whole = load_file(weights)
+    name = "model.layers.1.mlp.up_proj.weight"
+    save_file({key: value for key, value in whole.items() if key != name}, weights, metadata={"format": "pt"})
+    with pytest.raises(ModelLoadError, match=f"tiny cannot be loaded from .*1 weights are missing, {name}"):
+        TransformersEngine(tiny_folder, name="tiny")
+    weights.write_bytes(b"123456789")
+    with pytest.raises(ModelLoadError, match="tiny cannot be loaded"):
+        TransformersEngine(tiny_folder, name="tiny")
+    weights.unlink()
+    with pytest.raises(ModelLoadError, match="tiny cannot be loaded"):
+        TransformersEngine(tiny_folder, name="tiny")
+    config.write_text("{")
+    with pytest.raises(ModelLoadError, match="tiny cannot be loaded"):
+        TransformersEngine(tiny_folder, name="tiny")
+    adapter = tmp_path / "adapter"
+    with_adapter(tiny_model()).save_pretrained(adapter)
+    (adapter / "adapter_model.safetensors").write_bytes(b"123456789")
+    with pytest.raises(CheckpointError, match="does not fit"):
+        engine.load(adapter)
     assert engine.generate(prompts_of(engine, "a"), [GREEDY])
 
 

@@ -297,6 +297,12 @@ def test_remove_frees_the_model_and_says_when_there_is_none(fake: CatalogModel, 
         resolving.remove("no-such")
 
 
+@pytest.mark.parametrize("name", ["x" * 300, "~no-such-user-at-all/model"])
+def test_what_cannot_be_a_path_is_an_unknown_model(name: str) -> None:
+    with pytest.raises(UnknownModelError):
+        resolve(name)
+
+
 def test_names_folders_and_hub_ids(tmp_path: Path, engrain_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     (tmp_path / "mine").mkdir()
