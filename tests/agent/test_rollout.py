@@ -282,14 +282,14 @@ def test_an_interrupt_keeps_what_is_finished_and_skip_goes_on_from_there(engine:
     assert whole == {episode.id: episode.token_ids for episode in [*kept, *rest]}
 
 
-def test_seeds_depend_on_episode_and_turn_only(engine: QueueEngine) -> None:
+def test_seeds_depend_on_task_sample_and_turn_only(engine: QueueEngine) -> None:
     tasks = tasks_of(4)
     first = run(tasks, engine, seed=1, batch=3, workers=2)
     again = run(tasks[::-1], engine, seed=1)
     assert [e.token_ids for e in first] == [e.token_ids for e in again[::-1]]
     other = run(tasks, engine, seed=2)
     assert all(a.token_ids != b.token_ids for a, b in zip(first, other, strict=True))
-    assert len({request_seed(1, e.id, turn) for e in first for turn in range(3)}) == 12
+    assert len({request_seed(1, e.task.id, k, turn) for e in first for k in range(2) for turn in range(3)}) == 24
 
 
 def test_envs_run_outside_the_calling_thread_and_callbacks_inside(engine: QueueEngine) -> None:

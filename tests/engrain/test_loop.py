@@ -1,0 +1,283 @@
+"""A whole round on a tiny model, cut anywhere and resumed: the books end as those of an unbroken round.
+
+The world is made for it: a task is solved by the very reply that the base model gives with the knowledge in its
+context, so that the in-context gap is real. Whether a tiny random model gets there is luck and not asserted; that
+real models learn is the demo's to show.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from agent.engines.transformers import TransformersEngine
+from agent.episode import Message, SamplingParams
+from agent.renderer import Renderer
+from distill.config import DistillConfig, LoraSettings
+from distill.monitor import GuardConfig
+from engrain.config import EvaluationConfig, ExtractConfig, ImproveConfig, OodSpec, PlayConfig, WorldSpec
+from engrain.errors import RoundConflictError
+from engrain.loop import STAGES, Round, open_round
+from engrain.report import summary, table, write
+from envs import registry
+from envs.base import Env, Observation, Split, Step, Task, World
+from memory.extract import Extractor
+from memory.records import CheckpointStatus
+from memory.render import render_knowledge
+from memory.store import Store
+
+ITEM = "Answer in the way of the old masters."
+GREEDY = SamplingParams(temperature=0.0, max_tokens=2)
+ANSWERS: dict[str, str] = {}
+
+
+class MimicEnv(Env):
+    max_turns = 1
+
+    def reset(self) -> Observation:
+        self.won = False
+        return Observation(self.task.parameters["question"])
+
+    def step(self, text: str) -> Step:
+        self.won = text == ANSWERS[self.task.parameters["question"]]
+        return Step(Observation(""), float(self.won), True, "Counted." if self.won else "Not counted.")
+
+    @property
+    def score(self) -> float:
+        return float(self.won)
+
+
+class MimicWorld(World):
+    name = "mimic"
+
+    @classmethod
+    def configure(cls, options: Any) -> World:
+        return cls()
+
+    def tasks(self, split: Split, count: int, seed: int = 0) -> list[Task]:
+        start = 1000 * list(Split).index(split)
+        return [Task.create("mimic", split, i, {"question": f"q{start + i}"}) for i in range(count)]
+
+    @classmethod
+    def make(cls, task: Task) -> Env:
+        return MimicEnv(task)
+
+
+class Killed(Exception):
+    pass
+
+
+class Recorder:
+    def __init__(self, kill: tuple[str, int] | None = None) -> None:
+        self.stages: list[str] = []
+        self.notes: list[str] = []
+        self.kill, self.seen = kill, 0
+
+    def _count(self, kind: str) -> None:
+        if self.kill and self.kill[0] == kind:
+            self.seen += 1
+            if self.seen == self.kill[1]:
+                raise Killed(kind)
+
+    def stage(self, name: str, text: str) -> None:
+        self.stages.append(name)
+        self._count("stage")
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+        self._count("note")
+
+    def rollout(self, what: str, stats: Any) -> None:
+        self._count("rollout")
+
+    def step(self, metrics: Any, total: int) -> None:
+        self._count("step")
+
+
+@pytest.fixture
+def config() -> ImproveConfig:
+    return ImproveConfig(
+        model="tiny",
+        world=WorldSpec(env="mimic"),
+        play=PlayConfig(tasks=12, episodes=4, sampling=GREEDY),
+        extract=ExtractConfig(episodes=2, budget_tokens=200, candidates=2),
+        evaluation=EvaluationConfig(
+            validation_tasks=6, test_tasks=16, sampling=GREEDY, ood=(OodSpec(env="mimic", tasks=4),), ood_margin=1.0
+        ),
+        distill=DistillConfig(
+            objective="forward_kl",
+            steps=4,
+            batch_size=4,
+            learning_rate=1e-2,
+            save_every=2,
+            sampling=SamplingParams(max_tokens=2),
+            lora=LoraSettings(rank=8),
+            guard=GuardConfig(
+                rising_steps=None, min_entropy_ratio=None, min_distinct_ratio=None, min_length_ratio=None
+            ),
+        ),
+    )
+
+
+@pytest.fixture
+def run(tiny_model, tiny_tokenizer, config, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        registry, "_world_class", lambda name: MimicWorld if name == "mimic" else pytest.fail(f"asked for {name}")
+    )
+
+    def model():
+        return tiny_model(initializer_range=0.2)
+
+    with TransformersEngineClosing(model(), tiny_tokenizer) as engine:
+        renderer = Renderer(tiny_tokenizer)
+        for split in Split:
+            questions = [t.parameters["question"] for t in MimicWorld().tasks(split, 16)]
+            prompts = [renderer.prompt([Message(role="user", content=q)], render_knowledge([ITEM])) for q in questions]
+            for question, completion in zip(questions, engine.generate(prompts, [GREEDY] * 16), strict=True):
+                ANSWERS[question] = renderer.decode(completion.token_ids)
+
+    def wrote(self: Extractor, episodes: Any, seed: int) -> Any:
+        return [
+            self._extraction(e, seed, f"- EXPERIENCE ITEM: {ITEM}", _Parsed((ITEM,), ("- EXPERIENCE:",)))
+            for e in episodes
+        ]
+
+    monkeypatch.setattr(Extractor, "extract", wrote)
+
+    def go(name: str, listener: Recorder, **changed: Any):
+        settings = config.model_copy(update=changed)
+        with (
+            Store.open(str(tmp_path / f"{name}.db")) as store,
+            TransformersEngineClosing(model(), tiny_tokenizer) as engine,
+        ):
+            record = open_round(store, settings)
+            return Round(store, engine, settings, record, tmp_path / name, listener).run(), settings
+
+    return go
+
+
+class _Parsed:
+    def __init__(self, items: tuple[str, ...], malformed: tuple[str, ...]) -> None:
+        self.items, self.malformed = items, malformed
+
+
+class TransformersEngineClosing:
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self.engine = TransformersEngine(model, tokenizer, name="tiny")
+
+    def __enter__(self) -> TransformersEngine:
+        return self.engine
+
+    def __exit__(self, *error: object) -> None:
+        self.engine.close()
+
+
+def books(path: Any) -> dict[str, Any]:
+    """Everything that must not depend on where a round was cut; times and random ids left out."""
+    with Store.open(str(path)) as store:
+        (record,) = store.rounds()
+        return {
+            "counts": store.counts(),
+            "status": record.status,
+            "verdict": record.verdict,
+            "evaluations": sorted((e.name, e.accuracy, e.n, e.knowledge or "") for e in store.evaluations()),
+            "knowledge": [k.text for k in store.knowledge_versions()],
+            "checkpoints": [(c.status, c.manifest["step"]) for c in store.checkpoints()],
+            "support": [i.support for i in store.items()],
+        }
+
+
+def test_a_round_learns_judges_and_reports(run, tmp_path) -> None:
+    listener = Recorder()
+    result, config = run("whole", listener)
+    assert listener.stages == list(STAGES)
+    assert result.evaluations["bare"].accuracy == 0.0
+    assert result.evaluations["in_context"].accuracy == 1.0
+    assert result.verdict is not None
+    assert result.verdict.promoted == result.verdict.gain.positive  # the margin for other worlds is 1 here
+    assert result.verdict.promoted == (result.checkpoint.status is CheckpointStatus.PROMOTED)
+    facts = summary(result, config)
+    assert facts["knowledge"].endswith(ITEM)
+    assert facts["recovery"] == pytest.approx(result.evaluations["distilled"].accuracy)
+    assert facts["bare"]["n"] == 16
+    assert write(result, config, tmp_path / "out").is_file()
+    assert (tmp_path / "out" / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert table(result).row_count == 5
+    with Store.open(str(tmp_path / "whole.db")) as store:
+        by_split = {s: {e.task_id for e in store.episode_rows(split=s)} for s in ("train", "validation", "test", "ood")}
+        assert all(not by_split[a] & by_split[b] for a in by_split for b in by_split if a < b)
+        assert {row.stage for row in store.episode_rows(split="test")} == {
+            "test/bare",
+            "test/in_context",
+            "test/distilled",
+        }
+        assert (store.current_checkpoint("tiny") is not None) == result.verdict.promoted
+        assert all(e.knowledge is None for e in store.episodes(stage="train"))
+
+
+@pytest.fixture(scope="module")
+def unbroken():
+    """The books of a round that nothing cut, played once."""
+    found: list[dict[str, Any]] = []
+
+    def get(run, tmp_path) -> dict[str, Any]:
+        if not found:
+            run("unbroken", Recorder())
+            found.append(books(tmp_path / "unbroken.db"))
+        return found[0]
+
+    return get
+
+
+CUTS = [("stage", n) for n in range(1, 7)] + [
+    ("note", 2),
+    ("note", 4),
+    ("rollout", 1),
+    ("rollout", 9),
+    ("step", 1),
+    ("step", 3),
+]
+
+
+@pytest.mark.parametrize("cut", CUTS, ids=[f"{kind}-{n}" for kind, n in CUTS])
+def test_a_round_cut_anywhere_ends_like_an_unbroken_one(run, tmp_path, cut, unbroken) -> None:
+    with pytest.raises(Killed):
+        run("cut", Recorder(cut))
+    run("cut", Recorder())
+    assert books(tmp_path / "cut.db") == unbroken(run, tmp_path)
+
+
+def test_without_a_gap_nothing_is_trained(run, tmp_path, monkeypatch) -> None:
+    for question in ANSWERS:
+        monkeypatch.setitem(ANSWERS, question, "never said")
+    result, config = run("flat", Recorder())
+    assert result.status == "stopped"
+    assert "training cannot pay" in result.reason
+    assert result.checkpoint is None
+    assert summary(result, config)["recovery"] is None
+    assert not (tmp_path / "flat").exists()
+
+
+def test_a_second_round_starts_from_the_promoted_checkpoint(run, tmp_path) -> None:
+    first, _ = run("two", Recorder())
+    listener = Recorder()
+    second, _ = run("two", listener, seed=1)
+    assert second.round.number == 2
+    if first.verdict.promoted:
+        with Store.open(str(tmp_path / "two.db")) as store:
+            assert {row.checkpoint for row in store.episode_rows(round_id=second.round.id, stage="play")} == {
+                first.checkpoint.id
+            }
+
+
+def test_an_unfinished_round_of_other_settings_is_not_mixed_up(run, config, tmp_path) -> None:
+    with pytest.raises(Killed):
+        run("mixed", Recorder(("stage", 3)))
+    with Store.open(str(tmp_path / "mixed.db")) as store:
+        other = config.model_copy(update={"seed": 5})
+        with pytest.raises(RoundConflictError, match="round 1 of tiny is unfinished"):
+            open_round(store, other)
+        fresh = open_round(store, other, fresh=True)
+        assert fresh.number == 2
+        assert [r.status for r in store.rounds()] == ["stopped", "running"]
