@@ -40,7 +40,9 @@ class Sample:
     def from_episode(cls, episode: Episode, teacher_prompt: Sequence[int]) -> Sample:
         """The episode's own ids, with the prompt the teacher shall read in place of the student's."""
         start = episode.prompt_length
-        end = max((turn.end for turn in episode.turns), default=start)  # after the last sampled token nothing counts
+        end = max(
+            (i + 1 for i, sampled in enumerate(episode.loss_mask) if sampled), default=start
+        )  # the rest is unread
         return cls(
             episode_id=episode.id,
             student_prompt=episode.token_ids[:start],

@@ -7,14 +7,18 @@ from pathlib import Path
 
 import torch
 
+from agent.engines.base import Engine
 from agent.engines.transformers import TransformersEngine
 from agent.episode import Episode
 from distill.adapters import continue_lora
 from distill.backbone import Backbone
+from distill.baselines import MixedSource, TeacherSource
 from distill.config import DistillConfig
 from distill.monitor import StepMetrics
-from distill.source import OnPolicySource
-from distill.teacher import FrozenTeacher
+from distill.partial import PrefixSource
+from distill.refresh import RefreshedSource
+from distill.source import OnPolicySource, Source
+from distill.teacher import EmaTeacher, FrozenTeacher, check_vocabulary
 from distill.trainer import FitResult, Trainer
 from engrain.errors import EngineCannotTrainError
 from envs.base import Task
@@ -32,11 +36,14 @@ def consolidate(
     on_step: Callable[[StepMetrics], None] | None = None,
     validate: Callable[[TransformersEngine, int], float] | None = None,
     on_episode: Callable[[Episode], None] | None = None,
+    teacher: TransformersEngine | None = None,
+    episodes: Sequence[Episode] | None = None,
+    sampler: Engine | None = None,
 ) -> FitResult:
     """Distil `knowledge` into an adapter on the engine's base model, resuming what `folder` holds.
 
-    The teacher is the parent checkpoint (the base model in the first round) with the knowledge in its context; the
-    student starts from the same weights. The engine is left with the base model loaded.
+    The teacher has the knowledge in its context and the weights that `config.teacher_kind` names; the student starts
+    from the parent checkpoint, or from the base model. The engine is left with the base model loaded.
 
     Args:
         engine: gives its base weights for the time of the training.
@@ -47,43 +54,114 @@ def consolidate(
         parent: the checkpoint to go on from.
         on_step: told every step.
         validate: scores the student, by an engine that samples from it, after a number of steps.
-        on_episode: told every episode the student plays.
+        on_episode: told every episode that is played for training.
+        teacher: a second model that teaches, the one that `config.teacher` names.
+        episodes: stored ones, whose replies the student gives anew; nothing is played on policy then.
+        sampler: another engine that samples for the student, refreshed every `config.sync_every` steps.
 
     Raises:
-        EngineCannotTrainError: full weights were asked for; that needs a second copy and a plain model.
+        EngineCannotTrainError: full weights were asked for, which need a second copy and a plain model; or `teacher`
+            is not the model that the settings name.
+        VocabularyMismatchError: the teacher's tokenizer is another one.
     """
     if config.lora is None:
         raise EngineCannotTrainError(
             "lora=None: `engrain improve` trains adapters; use the distill.Trainer API for full weights"
         )
-    engine.load(None)
-    student = continue_lora(engine.network, config.lora, config.seed, Path(parent.path) if parent else None)
-    try:
-        sampler = TransformersEngine.wrap(student, engine.tokenizer, name=engine.model)
-        source = OnPolicySource(
-            tasks,
-            sampler,
-            knowledge.text,
-            batch_size=config.batch_size,
-            sampling=config.sampling,
-            seed=config.seed,
-            namespace=f"{folder.name}/opcd",
-            on_episode=on_episode,
+    given = teacher.model if teacher else None
+    if config.teacher != given:
+        raise EngineCannotTrainError(
+            f"the settings name the teacher {config.teacher or 'none'} and this job was given {given or 'none'}; "
+            "`engrain distill --teacher MODEL` loads one"
         )
-        teacher = FrozenTeacher(Backbone(student))
+    if teacher is not None:
+        check_vocabulary(engine.tokenizer, teacher.tokenizer)
+    engine.load(None)
+    start = Path(parent.path) if parent else None
+    student = continue_lora(engine.network, config.lora, config.seed, start, config.teacher_kind)
+    try:
+        own = TransformersEngine.wrap(student, engine.tokenizer, name=engine.model)
         trainer = Trainer(
             student,
-            teacher,
-            source,
+            _teacher(student, config, teacher),
+            _source(own, tasks, knowledge, config, folder, on_episode, teacher, episodes, sampler),
             config,
             folder,
             base_model=engine.model,
             parent=parent.id if parent else None,
             knowledge=knowledge.id,
-            decode=source.renderer.decode,
+            decode=own.renderer.decode,
         )
-        return trainer.fit(validate=(lambda step: validate(sampler, step)) if validate else None, on_step=on_step)
+        return trainer.fit(validate=(lambda step: validate(own, step)) if validate else None, on_step=on_step)
     finally:
         student.unload()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def _teacher(student: torch.nn.Module, config: DistillConfig, other: TransformersEngine | None) -> FrozenTeacher:
+    if config.teacher_kind == "ema":
+        return EmaTeacher(Backbone(student), config.ema_rate)
+    return FrozenTeacher(Backbone(student if other is None else other.network))
+
+
+def _source(
+    own: TransformersEngine,
+    tasks: Sequence[Task],
+    knowledge: Knowledge,
+    config: DistillConfig,
+    folder: Path,
+    on_episode: Callable[[Episode], None] | None,
+    teacher: TransformersEngine | None,
+    episodes: Sequence[Episode] | None,
+    sampler: Engine | None,
+) -> Source:
+    """The samples that `config.method` asks for."""
+    by_student, context = config.on_policy_samples, min(own.max_context, (teacher or own).max_context)
+    sources: list[Source] = []
+    if by_student:
+        source: Source
+        if episodes is not None:
+            source = PrefixSource(
+                episodes,
+                sampler or own,
+                knowledge.text,
+                batch_size=by_student,
+                sampling=config.sampling,
+                seed=config.seed,
+                max_context=context,
+            )
+        else:
+            source = OnPolicySource(
+                tasks,
+                sampler or own,
+                knowledge.text,
+                batch_size=by_student,
+                sampling=config.sampling,
+                seed=config.seed,
+                namespace=f"{folder.name}/opcd",
+                max_context=context,
+                on_episode=on_episode,
+            )
+        sources.append(
+            source if sampler is None else RefreshedSource(source, sampler, own.network, folder, config.sync_every)
+        )
+    if by_student < config.batch_size:
+        sources.append(
+            TeacherSource(
+                tasks,
+                teacher or own,
+                knowledge.text,
+                knowledge_id=knowledge.id,
+                model=own.network if teacher is None else None,
+                batch_size=config.batch_size - by_student,
+                sampling=config.sampling,
+                seed=config.seed + by_student,  # in a mixed batch the two play other tasks
+                only_successes=config.only_successes,
+                renderer=own.renderer,
+                namespace=f"{folder.name}/teacher",
+                max_context=context,
+                on_episode=on_episode,
+            )
+        )
+    return sources[0] if len(sources) == 1 else MixedSource(*sources)

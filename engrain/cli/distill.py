@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -32,7 +33,20 @@ def command(
     option: OptionsOption = None,
     model: ModelOption = DEFAULT_MODEL,
     parent: Annotated[str | None, typer.Option(help="Checkpoint to go on from, and to be taught by.")] = None,
-    objective: Annotated[str, typer.Option(help="reverse_kl, forward_kl, jsd, skew_kl or topk.")] = "reverse_kl",
+    method: Annotated[str, typer.Option(help="opcd, off_policy, sft (both on the teacher's play) or mixed.")] = "opcd",
+    objective: Annotated[
+        str | None,
+        typer.Option(
+            help="reverse_kl, forward_kl, jsd, skew_kl, topk or auto. Default: reverse_kl; off_policy: forward_kl."
+        ),
+    ] = None,
+    normalize: Annotated[str, typer.Option(help="sequence (each response alike) or token.")] = "sequence",
+    teacher: Annotated[
+        str | None, typer.Option(help="Another model that teaches, of the same vocabulary; default: the model itself.")
+    ] = None,
+    teacher_kind: Annotated[
+        str, typer.Option(help="previous_checkpoint (--parent, or the base model), frozen (the base model) or ema.")
+    ] = "previous_checkpoint",
     steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 50,
     batch_size: Annotated[int, typer.Option(min=1, help="Episodes a step.")] = 16,
     learning_rate: Annotated[float, typer.Option(min=0.0, help="Of the adapter.")] = 2e-4,
@@ -48,7 +62,7 @@ def command(
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """On-policy context distillation of one text. Prints the chosen checkpoint's folder."""
+    """Distil one text into an adapter, by OPCD or a baseline. Prints the chosen checkpoint's folder."""
     from agent.engines.transformers import TransformersEngine
     from agent.episode import SamplingParams
     from agent.rollout import play
@@ -60,7 +74,11 @@ def command(
 
     config = DistillConfig.model_validate(
         {
+            "method": method,
             "objective": objective,
+            "normalize": normalize,
+            "teacher": teacher,
+            "teacher_kind": teacher_kind,
             "steps": steps,
             "batch_size": batch_size,
             "learning_rate": learning_rate,
@@ -76,7 +94,11 @@ def command(
     with open_store(store) as memory:
         text = find_knowledge(knowledge, memory)
         start = find_checkpoint(parent, memory) if parent else None
-        with open_engine(model) as engine, ConsoleListener(Console(stderr=True), quiet=as_json) as listener:
+        with (
+            open_engine(model) as engine,
+            open_engine(teacher) if teacher else nullcontext() as other,
+            ConsoleListener(Console(stderr=True), quiet=as_json) as listener,
+        ):
 
             def validate(sampler: TransformersEngine, step: int) -> float:
                 greedy = SamplingParams(temperature=0.0, max_tokens=max_tokens)
@@ -85,7 +107,7 @@ def command(
                 listener.note(f"validation after {step} steps: {accuracy:.2f}")
                 return accuracy
 
-            listener.stage("consolidate", f"OPCD, {objective}, {steps} steps of {batch_size} episodes")
+            listener.stage("consolidate", f"{method}, {config.objective}, {steps} steps of {batch_size} episodes")
             fit = consolidate(
                 engine,
                 pool,
@@ -95,6 +117,7 @@ def command(
                 parent=start,
                 on_step=lambda metrics: listener.step(metrics, steps),
                 validate=validate if held_out else None,
+                teacher=other,
             )
     facts = {
         "checkpoint": str(fit.best),

@@ -10,57 +10,20 @@ import torch
 
 from agent.engines.transformers import TransformersEngine
 from agent.episode import SamplingParams
-from distill.adapters import add_lora, continue_lora
+from distill.adapters import continue_lora
 from distill.backbone import Backbone
 from distill.checkpoint import latest_resumable, load_weights, read_manifest
-from distill.config import DistillConfig, LoraSettings
+from distill.config import LoraSettings
 from distill.errors import CheckpointError, DistillConfigError
 from distill.monitor import Guard, GuardConfig, StepMetrics, distinct_n, leak_rate
 from distill.objective import forward_kl, reverse_kl
 from distill.packing import Sample
 from distill.source import Batch, OnPolicySource, check_pair, deal, make_sample
 from distill.teacher import FrozenTeacher
-from distill.trainer import Trainer, _Sums
-from envs import registry
-from envs.base import Split
+from distill.trainer import _Sums
 
-KNOWLEDGE = "Experience from earlier tasks. Follow it:\n- Reply with one digit."
 TIMES = {name for name in StepMetrics.model_fields if name.startswith("seconds_")}
 TIMES |= {"tokens_per_second", "peak_memory_bytes"}
-
-
-@pytest.fixture
-def tasks():
-    return registry.world("math", {"convention": "answer_tag"}).tasks(Split.TRAIN, 12, 0)
-
-
-@pytest.fixture
-def make_trainer(tiny_model, tiny_tokenizer, tasks, tmp_path):
-    def make(folder="run", *, lora=True, **settings):
-        defaults = {"steps": 4, "batch_size": 3, "learning_rate": 1e-2, "save_every": 2, "micro_batch_tokens": 200}
-        config = DistillConfig(
-            **defaults | settings,
-            sampling=SamplingParams(max_tokens=6),
-            lora=LoraSettings(rank=4) if lora else None,
-            guard=GuardConfig(rising_steps=None, min_entropy_ratio=None, min_distinct_ratio=None),
-        )
-        model = tiny_model(initializer_range=0.2)
-        student = add_lora(model, config.lora, 0) if lora else model
-        engine = TransformersEngine.wrap(student, tiny_tokenizer, name="tiny")
-        source = OnPolicySource(
-            tasks, engine, KNOWLEDGE, batch_size=config.batch_size, sampling=config.sampling, seed=0
-        )
-        teacher = FrozenTeacher(Backbone(student if lora else tiny_model(initializer_range=0.2)))
-        path = tmp_path / folder
-        return Trainer(
-            student, teacher, source, config, path, base_model="tiny", knowledge="k", decode=engine.renderer.decode
-        )
-
-    return make
-
-
-def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
-    return {name: w.detach().clone() for name, w in trainer.student.model.named_parameters()}
 
 
 def test_the_gradient_is_that_of_the_formula_on_unpadded_full_logits(make_trainer) -> None:
@@ -99,7 +62,7 @@ def test_the_loss_does_not_depend_on_how_the_batch_is_cut(make_trainer) -> None:
         assert other == pytest.approx(results[0], rel=1e-4)
 
 
-def test_training_lowers_the_divergence_and_changes_adapter_weights_only(make_trainer) -> None:
+def test_training_lowers_the_divergence_and_changes_adapter_weights_only(make_trainer, weights) -> None:
     trainer = make_trainer(steps=12, batch_size=6, objective="forward_kl")
     before = weights(trainer)
     result = trainer.fit()
@@ -112,7 +75,7 @@ def test_training_lowers_the_divergence_and_changes_adapter_weights_only(make_tr
     assert sum(losses[-3:]) < 0.7 * sum(losses[:3])
 
 
-def test_full_weights_train_against_a_frozen_copy(make_trainer) -> None:
+def test_full_weights_train_against_a_frozen_copy(make_trainer, weights) -> None:
     trainer = make_trainer(lora=False, learning_rate=1e-3)
     frozen = {n: w.clone() for n, w in trainer.teacher.backbone.model.named_parameters()}
     result = trainer.fit()
@@ -129,7 +92,7 @@ class Killed(Exception):
 
 
 @pytest.mark.parametrize("after", [1, 2, 3])
-def test_a_run_that_was_cut_ends_in_the_state_of_an_unbroken_one(make_trainer, after: int) -> None:
+def test_a_run_that_was_cut_ends_in_the_state_of_an_unbroken_one(make_trainer, weights, after: int) -> None:
     scored: list[int] = []
     whole = make_trainer("whole")
     unbroken = whole.fit(validate=lambda step: scored.append(step) or float(step))
@@ -189,7 +152,7 @@ def test_a_manifest_names_the_lineage(make_trainer) -> None:
     assert {"torch", "transformers", "peft", "python"} <= set(manifest.versions)
 
 
-def test_nan_stops_the_run_before_it_reaches_the_weights(make_trainer) -> None:
+def test_nan_stops_the_run_before_it_reaches_the_weights(make_trainer, weights) -> None:
     trainer = make_trainer(steps=4)
     trainer.divergence = lambda name: lambda s, t: tuple(x * float("nan") for x in forward_kl(s, t))
     before = weights(trainer)
@@ -221,7 +184,7 @@ def test_the_next_round_is_taught_by_the_parent_checkpoint(make_trainer, tiny_mo
         continue_lora(tiny_model(), LoraSettings(rank=8), 0, parent)
 
 
-def test_samples_carry_the_sampled_ids_and_one_generation_header(make_trainer, tasks) -> None:
+def test_samples_carry_the_sampled_ids_and_one_generation_header(make_trainer, knowledge, tasks) -> None:
     source = make_trainer().source
     batch = source(0)
     again = source(0)
@@ -236,7 +199,7 @@ def test_samples_carry_the_sampled_ids_and_one_generation_header(make_trainer, t
             list(sample.teacher_prompt[-len(header) :]) == list(header) == list(sample.student_prompt[-len(header) :])
         )
     with pytest.raises(DistillConfigError, match="context holds 40"):
-        make_sample(batch.episodes[0], source.renderer, KNOWLEDGE, 40)
+        make_sample(batch.episodes[0], source.renderer, knowledge, 40)
     sample = batch.samples[0]
     other = Sample("x", sample.student_prompt, (*sample.teacher_prompt, 3), sample.continuation, sample.mask)
     with pytest.raises(DistillConfigError, match="generation headers"):
@@ -301,9 +264,9 @@ def test_history_is_plain_json(make_trainer) -> None:
     assert reverse_kl is not forward_kl
 
 
-def test_no_tasks_or_no_tokens_is_said(make_trainer, tiny_model, tiny_tokenizer) -> None:
+def test_no_tasks_or_no_tokens_is_said(make_trainer, knowledge, tiny_model, tiny_tokenizer) -> None:
     engine = TransformersEngine.wrap(tiny_model(), tiny_tokenizer, name="tiny")
     with pytest.raises(DistillConfigError, match="no training tasks"):
-        OnPolicySource([], engine, KNOWLEDGE, batch_size=1, sampling=SamplingParams(), seed=0)
+        OnPolicySource([], engine, knowledge, batch_size=1, sampling=SamplingParams(), seed=0)
     with pytest.raises(DistillConfigError, match="sampled token"):
         make_trainer().step(Batch((), ()))
