@@ -95,8 +95,8 @@ def command(
         text = find_knowledge(knowledge, memory)
         start = find_checkpoint(parent, memory) if parent else None
         with (
-            open_engine(model) as engine,
             open_engine(teacher) if teacher else nullcontext() as other,
+            open_engine(model) as engine,
             ConsoleListener(Console(stderr=True), quiet=as_json) as listener,
         ):
 
