@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -111,7 +111,7 @@ def play(
     """Play every task `samples` times; the episodes in the order of the tasks, samples of one task together.
 
     Args:
-        tasks: what to play.
+        tasks: what to play; a task that stands there again counts as its next sample.
         engine: who plays.
         sampling: its `seed` is ignored: every request gets its own, from `seed`, task, sample and turn.
         namespace: part of every episode's id; the same namespace, task and sample give the same id.
@@ -139,10 +139,12 @@ def play(
         make_env = make
     stats = stats if stats is not None else RolloutStats()
     games: deque[_Game] = deque()
-    for order, (task, sample) in enumerate((task, sample) for task in tasks for sample in range(samples)):
-        identity = episode_id(namespace, task, sample)
+    seen: Counter[str] = Counter()
+    for order, task in enumerate(task for task in tasks for _ in range(samples)):
+        identity = episode_id(namespace, task, seen[task.id])
         if identity not in skip:
-            games.append(_Game(order, identity, task, sample, datetime.now(UTC), 0.0))
+            games.append(_Game(order, identity, task, seen[task.id], datetime.now(UTC), 0.0))
+        seen[task.id] += 1
     stats.total += len(games)
     run = _Run(
         engine=engine,

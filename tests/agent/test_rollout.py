@@ -312,6 +312,15 @@ def test_envs_run_outside_the_calling_thread_and_callbacks_inside(engine: QueueE
     assert not seen & callers
 
 
+def test_a_task_that_stands_there_twice_is_played_twice(engine: QueueEngine) -> None:
+    one, other = tasks_of(2)
+    episodes = run([one, other, one], engine)
+    assert [episode.task.id for episode in episodes] == [one.id, other.id, one.id]
+    assert len({episode.id for episode in episodes}) == 3
+    assert episodes[0].turns[0].action != episodes[2].turns[0].action  # another seed, so another sample
+    assert [episode.id for episode in episodes[::2]] == [episode.id for episode in run([one], engine, samples=2)]
+
+
 def test_nothing_to_play(engine: QueueEngine) -> None:
     assert run([], engine) == []
     assert engine.batches == []
