@@ -6,6 +6,7 @@ import time
 from types import TracebackType
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from agent.rollout import RolloutStats
@@ -49,8 +50,9 @@ class ConsoleListener:
         """A stage begins: one line with the time since the start."""
         self._clear()
         if not self.quiet:
-            clock = time.strftime("%M:%S", time.gmtime(time.monotonic() - self._started))
-            self.console.print(f"[dim]{clock}[/] [bold]{name:<11}[/] {text}", highlight=False)
+            minutes, seconds = divmod(int(time.monotonic() - self._started), 60)
+            clock = f"{minutes:02d}:{seconds:02d}"
+            self.console.print(f"[dim]{clock}[/] [bold]{name:<11}[/] {escape(text)}", highlight=False)
 
     def note(self, text: str) -> None:
         """An indented line."""

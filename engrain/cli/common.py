@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from agent.models.catalog import CATALOG
 from envs.errors import UsageError
 from memory.records import CheckpointRecord, Knowledge
 from memory.store import Store
@@ -23,7 +25,9 @@ OptionsOption = Annotated[
     list[str] | None, typer.Option("--option", "-o", metavar="KEY=VALUE", help="World option; give several.")
 ]
 ModelOption = Annotated[str, typer.Option("--model", "-m", help="Short name, model folder or hub id.")]
-SeedOption = Annotated[int, typer.Option("--seed", help="Fixes tasks, sampling and initial weights.")]
+SeedOption = Annotated[
+    int, typer.Option("--seed", min=0, max=2**63 - 1, help="Fixes tasks, sampling and initial weights.")
+]
 StoreOption = Annotated[
     str | None, typer.Option("--store", envvar="ENGRAIN_STORE", help="Store: a file or a postgresql:// URL.")
 ]
@@ -44,6 +48,11 @@ def world_options(given: Sequence[str] | None) -> dict[str, str]:
             raise UsageError(f"-o {word!r} is not key=value; write for instance -o convention=answer_tag")
         options[key.strip()] = value
     return options
+
+
+def printable(value: object) -> str:
+    """Foreign text without what a terminal would obey: control characters become U+FFFD."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in str(value))
 
 
 def open_store(url: str | None, *, create: bool = True) -> Store:
@@ -76,8 +85,8 @@ def find_knowledge(given: str, store: Store) -> Knowledge:
     Raises:
         UsageError: it is neither.
     """
-    path = Path(given)
-    if path.is_file():
+    path = _path(given)
+    if path is not None and path.is_file():
         try:
             text = path.read_text(encoding="utf-8").strip()
         except (OSError, UnicodeDecodeError) as error:
@@ -87,35 +96,66 @@ def find_knowledge(given: str, store: Store) -> Knowledge:
         from memory.records import digest
 
         return Knowledge(id=digest(text), items=(), text=text, tokens=0)
-    if given.isdigit() and any(version.version == int(given) for version in store.knowledge_versions()):
-        return store.knowledge(int(given))
-    return store.knowledge(store.full_id("knowledge", given))
+    return store.knowledge(by_number(store.knowledge_versions(), "version", given) or store.full_id("knowledge", given))
 
 
-def find_checkpoint(given: str, store: Store) -> CheckpointRecord:
+def by_number(records: Iterable[Any], field: str, given: str) -> str | None:
+    """The id of the record whose number is written in `given`; a number wins over an id that begins with its digits."""
+    return next((str(record.id) for record in records if str(getattr(record, field)) == given), None)
+
+
+def find_checkpoint(given: str, store: Store, model: str | None = None) -> CheckpointRecord:
     """A stored checkpoint by its id, or by the beginning of one; or a checkpoint folder.
 
     Raises:
-        UsageError: there is none.
+        UsageError: there is none, or it is not of `model`.
     """
-    folder = Path(given)
-    if not folder.is_dir():
-        return store.checkpoint(store.full_id("checkpoint", given))
-    from distill.checkpoint import read_manifest
+    folder = _path(given)
+    if folder is None or not folder.is_dir():
+        found = store.checkpoint(store.full_id("checkpoint", given))
+    else:
+        from distill.checkpoint import read_manifest
 
-    manifest = read_manifest(folder)
-    return CheckpointRecord(id=manifest.id, model=manifest.model, path=str(folder), kind=manifest.kind)
+        manifest = read_manifest(folder)
+        found = CheckpointRecord(id=manifest.id, model=manifest.model, path=str(folder), kind=manifest.kind)
+    if model is not None and not _same_model(found.model, model):
+        raise UsageError(f"checkpoint {given} is of {found.model}, not {model}; pass --model {found.model}")
+    return found
 
 
 def load_checkpoint(engine: TransformersEngine, checkpoint: CheckpointRecord | None) -> None:
-    """Let the engine sample from a checkpoint of its own model.
-
-    Raises:
-        UsageError: the checkpoint belongs to another model.
-    """
+    """Let the engine sample from a checkpoint; None leaves it as it is."""
     if checkpoint is None:
         return
-    if checkpoint.model != engine.model:
-        raise UsageError(f"checkpoint {checkpoint.id} is of {checkpoint.model}, not {engine.model}; pass --model")
     engine.load(Path(checkpoint.path))
     engine.checkpoint = checkpoint.id
+
+
+def fingerprint(model: str) -> str:
+    """What stands for a model in the ids of its episodes: its name, for a folder of weights what is in it now.
+
+    Another folder under the same relative name, or one that was trained further, is another model.
+    """
+    folder = _path(model)
+    if model in CATALOG or folder is None or not folder.is_dir():
+        return model
+    files = [(file.name, file.stat()) for file in sorted(folder.iterdir()) if file.is_file()]
+    return json.dumps([str(folder.resolve()), *((name, stat.st_size, stat.st_mtime_ns) for name, stat in files)])
+
+
+def _same_model(name: str, other: str) -> bool:
+    """Whether two names mean one model: the same, or two ways to write one folder."""
+    if name == other or name in CATALOG or other in CATALOG:
+        return name == other
+    one, two = _path(name), _path(other)
+    return one is not None and two is not None and one.is_dir() and two.is_dir() and one.samefile(two)
+
+
+def _path(given: str) -> Path | None:
+    """A path that may be asked whether it exists; None for what cannot be one, such as a name that is too long."""
+    try:
+        path = Path(given).expanduser()
+        path.exists()
+    except (OSError, RuntimeError):
+        return None
+    return path

@@ -19,6 +19,7 @@ from engrain.cli.common import (
     StoreOption,
     find_checkpoint,
     find_knowledge,
+    fingerprint,
     load_checkpoint,
     open_engine,
     open_store,
@@ -46,18 +47,21 @@ def command(
     as_json: JsonOption = False,
 ) -> None:
     """Accuracy with its 95% Wilson interval. What the store already holds is not played again."""
+    from agent.engines.sampling import check_sampling
     from agent.episode import SamplingParams
     from engrain.console import ConsoleListener
-    from engrain.evaluate import measure, outcomes, play_stored
+    from engrain.evaluate import failures, measure, outcomes, play_stored
     from engrain.gate import paired_gain
     from envs import registry
 
     chosen = registry.world(env, world_options(option)).tasks(split, tasks, seed)
     sampling = SamplingParams(temperature=temperature, max_tokens=max_tokens)
+    check_sampling(sampling)
     records: dict[str, EvaluationRecord] = {}
+    broken: dict[str, str] = {}
     with open_store(store) as memory:
         text = find_knowledge(knowledge, memory) if knowledge else None
-        weights = find_checkpoint(checkpoint, memory) if checkpoint else None
+        weights = find_checkpoint(checkpoint, memory, model) if checkpoint else None
         arms: dict[str, tuple[Knowledge | None, CheckpointRecord | None]] = {}
         if paired or (text is None and weights is None):
             arms["base model"] = (None, None)
@@ -70,7 +74,7 @@ def command(
             for name, (with_text, with_weights) in arms.items():
                 load_checkpoint(engine, with_weights)
                 settings = [
-                    model,
+                    fingerprint(model),
                     with_text and with_text.id,
                     with_weights and with_weights.id,
                     sampling.model_dump(),
@@ -87,9 +91,15 @@ def command(
                     seed=seed,
                     progress=lambda stats, name=name: listener.rollout(name, stats),  # type: ignore[misc]
                 )
-                stored = with_text.id if with_text and with_text.version is not None else None
-                known = with_weights.id if with_weights and with_weights.round_id is not None else None
-                records[name] = memory.add_evaluation(measure("eval", episodes, checkpoint=known, knowledge=stored))
+                if failed := failures(episodes):
+                    broken[name] = f"{len(failed)} of {len(episodes)} episodes broke off, the first: {failed[0].error}"
+                weights_id = with_weights.id if with_weights else None
+                text_id = with_text.id if with_text else None
+                records[name] = memory.add_evaluation(
+                    measure("eval", episodes, checkpoint=weights_id, knowledge=text_id)
+                )
+    for name, fault in broken.items():
+        Console(stderr=True, soft_wrap=True, highlight=False).print(f"warning: {name}: {fault}", markup=False)
     found = [outcomes(record) for record in records.values()]
     gain = paired_gain(found[0], found[1]) if len(found) == 2 else None
     if as_json:

@@ -15,6 +15,8 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from agent.episode import Episode
+from engrain.cli.common import JsonOption, StoreOption, by_number, open_store, printable
+from envs.base import Split
 from envs.errors import UsageError
 from memory.records import EvaluationRecord, ItemStatus
 from memory.store import Store
@@ -39,20 +41,12 @@ app.add_typer(items, name="items")
 app.add_typer(knowledge, name="knowledge")
 app.add_typer(rounds, name="rounds")
 
-StoreOption = Annotated[
-    str | None, typer.Option("--store", envvar="ENGRAIN_STORE", help="Store: a file or a postgresql:// URL.")
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 LimitOption = Annotated[int, typer.Option("--limit", "-n", min=1, help="Show at most this many.")]
 IdArgument = Annotated[str, typer.Argument(metavar="ID", help="Id, or the beginning of one.")]
 
 
 def _open(store: str | None) -> Store:
-    if store is None:
-        from engrain.settings import default_store_url
-
-        store = default_store_url()
-    return Store.open(store, create=False)
+    return open_store(store, create=False)
 
 
 def _json(data: BaseModel | Sequence[BaseModel] | Sequence[dict[str, Any]] | dict[str, Any]) -> None:
@@ -64,9 +58,8 @@ def _json(data: BaseModel | Sequence[BaseModel] | Sequence[dict[str, Any]] | dic
 
 
 def _printable(value: object) -> str:
-    """Foreign text without what a terminal would obey: control characters become U+FFFD, markup is inert."""
-    text = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in str(value))
-    return escape(text)
+    """Foreign text without what a terminal or rich's markup would obey."""
+    return escape(printable(value))
 
 
 _WIDE = frozenset({"item", "text", "wording", "why", "verdict", "path"})  # columns that may take several lines
@@ -105,7 +98,7 @@ def _time(value: Any) -> str:
 def list_episodes(
     store: StoreOption = None,
     env: Annotated[str | None, typer.Option(help="Only this env.")] = None,
-    split: Annotated[str | None, typer.Option(help="Only this split.")] = None,
+    split: Annotated[Split | None, typer.Option(help="Only this split.")] = None,
     checkpoint: Annotated[str | None, typer.Option(help="Only by this checkpoint; '' for the base model.")] = None,
     with_knowledge: Annotated[
         str | None, typer.Option("--knowledge", help="Only with this knowledge; '' for none.")
@@ -120,7 +113,7 @@ def list_episodes(
     with _open(store) as opened:
         rows = opened.episode_rows(
             env=env,
-            split=split,
+            split=split.value if split else None,
             checkpoint=opened.full_id("checkpoint", checkpoint) if checkpoint else checkpoint,
             knowledge=_knowledge_id(opened, with_knowledge) if with_knowledge else with_knowledge,
             round_id=_round_id(opened, round_) if round_ else None,
@@ -342,15 +335,8 @@ def _evaluations(evaluations: Sequence[EvaluationRecord]) -> None:
 
 
 def _knowledge_id(store: Store, given: str) -> str:
-    return _by_number([(k.version, k.id) for k in store.knowledge_versions()], given) or store.full_id(
-        "knowledge", given
-    )
+    return by_number(store.knowledge_versions(), "version", given) or store.full_id("knowledge", given)
 
 
 def _round_id(store: Store, given: str) -> str:
-    return _by_number([(r.number, r.id) for r in store.rounds()], given) or store.full_id("round", given)
-
-
-def _by_number(numbered: Sequence[tuple[int | None, str]], given: str) -> str | None:
-    """The id of the one with the number written in `given`; a number wins over an id that begins with its digits."""
-    return next((id_ for number, id_ in numbered if str(number) == given), None)
+    return by_number(store.rounds(), "number", given) or store.full_id("round", given)

@@ -1,0 +1,153 @@
+"""`engrain play`, `eval` and `distill`, really run: the math world and a model of 27 008 weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+import engrain.cli as shell
+from engrain.cli.common import fingerprint
+from envs import registry
+from envs.base import Split
+from envs.math import MathEnv
+from memory.store import Store
+
+WORLD = ("math", "-o", "convention=answer_tag")
+
+
+@pytest.fixture(autouse=True)
+def _no_bars(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Standard output holds data only, as `main` sees to."""
+    import transformers.utils.logging as library
+
+    library.disable_progress_bar()
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+def run(*arguments: str, typed: str | bytes | None = None) -> Any:
+    result = CliRunner().invoke(shell.app, list(arguments), input=typed)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def output(*arguments: str, typed: str | bytes | None = None) -> str:
+    result = run(*arguments, typed=typed)
+    assert result.exit_code == 0, result.output
+    return str(result.stdout)
+
+
+def stored(engrain_home: Path) -> Store:
+    return Store.open(str(engrain_home / "engrain.db"), create=False)
+
+
+def answers(count: int) -> list[str]:
+    tasks = registry.world("math", {"convention": "answer_tag"}).tasks(Split.TEST, count)
+    return [str(task.parameters["answer"]) for task in tasks]
+
+
+def test_a_person_plays_at_the_keyboard(engrain_home: Path) -> None:
+    first, second = answers(2)
+    shown = output("play", *WORLD, "--human", "-n", "2", typed=f"<answer>{first}</answer>\n{second}\n")
+    assert "Counted. Correct." in shown
+    assert "only read in this form: <answer>12</answer>" in shown
+    assert "1 of 2 solved" in shown
+    with stored(engrain_home) as store:
+        right, wrong = sorted(store.episodes(), key=lambda episode: not episode.success)
+    assert (right.success, wrong.success) == (True, False)
+    assert all(episode.human and episode.model == "human" and not episode.token_ids for episode in (right, wrong))
+    assert right.turns[0].action == f"<answer>{first}</answer>"
+
+
+def test_the_end_of_the_input_ends_the_game(engrain_home: Path) -> None:
+    assert "not solved" in output("play", *WORLD, "--human", "-n", "3", typed="")
+    with stored(engrain_home) as store:
+        (episode,) = store.episodes()
+    assert episode.stop_reason == "interrupted"
+    assert episode.turns == ()
+
+
+def test_bytes_that_are_no_text_are_an_answer_like_any_other(engrain_home: Path) -> None:
+    assert "not solved" in output("play", *WORLD, "--human", typed=b"\xff\xfe\n")
+
+
+def test_the_agent_is_watched_and_its_episodes_are_kept(engrain_home: Path, tiny_folder: Path) -> None:
+    command = ("play", *WORLD, "-m", str(tiny_folder), "-n", "2", "--max-tokens", "5")
+    shown = output(*command)
+    assert shown.count("What is ") == 2
+    assert "0 of 2 solved" in shown
+    played = json.loads(output(*command, "--json"))
+    with stored(engrain_home) as store:
+        assert {episode.id for episode in store.episodes()} == {episode["id"] for episode in played}
+        assert store.counts()["episode"] == 2  # the same games again are the same episodes
+
+
+def test_evaluations_say_what_was_measured_and_play_nothing_twice(
+    engrain_home: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = tmp_path / "knowledge.txt"
+    text.write_text("Write <answer>12</answer>.")
+    command = ("eval", *WORLD, "-m", str(tiny_folder), "-n", "3", "--max-tokens", "4", "--knowledge", str(text))
+    found = json.loads(output(*command, "--paired", "--json"))
+    assert list(found["evaluations"]) == ["base model", "knowledge"]
+    bare, taught = found["evaluations"].values()
+    assert (bare["n"], bare["split"], bare["knowledge"], bare["checkpoint"]) == (3, "test", None, None)
+    assert taught["knowledge"] is not None  # not to be taken for the bare model's
+    assert bare["low"] <= bare["accuracy"] <= bare["high"]
+    assert [r["task_id"] for r in bare["results"]] == [r["task_id"] for r in taught["results"]]
+    assert found["gain"]["n"] == 3
+    with stored(engrain_home) as store:
+        assert store.counts()["episode"] == 6
+    monkeypatch.setattr(MathEnv, "step", None)  # what would play now would break
+    again = json.loads(output(*command, "--json"))
+    assert again["evaluations"]["knowledge"]["results"] == taught["results"]
+    assert "knowledge" in output(*command)
+
+
+def test_broken_episodes_are_told(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: MathEnv) -> None:
+        raise OSError("the world is gone")
+
+    monkeypatch.setattr(MathEnv, "reset", broken)
+    result = run("eval", *WORLD, "-m", str(tiny_folder), "-n", "2", "--max-tokens", "4")
+    assert result.exit_code == 0
+    assert "2 of 2 episodes broke off, the first: OSError: the world is gone" in result.stderr
+
+
+def test_another_model_under_the_same_name_is_played_anew(
+    tiny_folder: Path, tmp_path: Path, tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ("eval", *WORLD, "-m", ".", "-n", "1", "--max-tokens", "4", "--json")
+    monkeypatch.chdir(tiny_folder)
+    first = json.loads(output(*command))["evaluations"]["base model"]["results"][0]["episode_id"]
+    assert json.loads(output(*command))["evaluations"]["base model"]["results"][0]["episode_id"] == first
+    tiny_model(seed=5).save_pretrained(tiny_folder)
+    assert json.loads(output(*command))["evaluations"]["base model"]["results"][0]["episode_id"] != first
+    assert fingerprint("smollm2-135m") == "smollm2-135m"
+    assert fingerprint("owner/name") == "owner/name"
+
+
+def test_a_text_is_distilled_and_its_checkpoint_measured(tiny_folder: Path, tmp_path: Path) -> None:
+    text = tmp_path / "knowledge.txt"
+    text.write_text("Write <answer>12</answer>.")
+    sizes = ("--steps", "2", "--batch-size", "2", "--rank", "2", "--max-tokens", "4", "-n", "4", "--validation", "2")
+    command = ("distill", *WORLD, "-m", str(tiny_folder), "-k", str(text), "--out", str(tmp_path / "run"), *sizes)
+    folder = Path(output(*command).strip())
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert (manifest["model"], manifest["step"], manifest["kind"]) == (str(tiny_folder), 2, "lora")
+    assert output(*command).strip() == str(folder)  # done is done
+    measured = ("eval", *WORLD, "-m", str(tiny_folder), "-n", "2", "--max-tokens", "4", "--checkpoint", str(folder))
+    record = json.loads(output(*measured, "--json"))["evaluations"]["checkpoint"]
+    assert record["checkpoint"] == manifest["id"]
+    played = json.loads(
+        output("play", *WORLD, "-m", str(tiny_folder), "--max-tokens", "4", "--checkpoint", str(folder), "--json")
+    )
+    assert played[0]["checkpoint"] == manifest["id"]
+    refused = run("eval", *WORLD, "-m", "smollm2-135m", "--checkpoint", str(folder))
+    assert refused.exit_code == 2
+    assert f"not smollm2-135m; pass --model {tiny_folder}" in refused.stderr
