@@ -9,6 +9,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from agent.episode import SamplingParams
+from distill.errors import DistillConfigError
 from distill.monitor import GuardConfig
 from distill.objective import Divergence, divergence_named
 
@@ -45,7 +46,7 @@ class DistillConfig(BaseModel):
     where it starts. A teacher that follows fast collapses (the paper's live self-teacher), so keep `ema_rate` small.
 
     Raises:
-        ValidationError: settings that contradict each other.
+        DistillConfigError: settings that contradict each other.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -92,20 +93,22 @@ class DistillConfig(BaseModel):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if (self.method == "sft") != (self.objective == "cross_entropy"):
-            raise ValueError(
+            raise DistillConfigError(
                 f"method {self.method} and objective {self.objective} do not go together: sft trains on cross_entropy, "
                 "and only sft does"
             )
         if self.auto_leave > self.auto_enter:
-            raise ValueError(f"auto_leave {self.auto_leave} lies above auto_enter {self.auto_enter}; swap them")
+            raise DistillConfigError(f"auto_leave {self.auto_leave} lies above auto_enter {self.auto_enter}; swap them")
         if self.teacher_kind == "ema" and (self.teacher is not None or self.lora is None):
-            raise ValueError("an ema teacher follows the student's adapter: it needs lora and no second teacher model")
+            raise DistillConfigError(
+                "an ema teacher follows the student's adapter: it needs lora and no second teacher model"
+            )
         if self.method == "mixed" and not 0 < self.on_policy_samples < self.batch_size:
-            raise ValueError(
+            raise DistillConfigError(
                 f"{self.on_policy_fraction:g} of a batch of {self.batch_size} leaves nothing to mix; use a larger batch"
             )
         if self.save_every % self.sync_every:  # a resumed run must sample from the weights an unbroken one would
-            raise ValueError(f"save_every {self.save_every} is no multiple of sync_every {self.sync_every}")
+            raise DistillConfigError(f"save_every {self.save_every} is no multiple of sync_every {self.sync_every}")
         return self
 
     @property

@@ -86,9 +86,9 @@ class Guard:
                 return f"{name} is {getattr(metrics, name)} at step {metrics.step}"
         config, first = self.config, self._seen[: self.config.warmup_steps]
         if config.rising_steps and len(self._seen) > config.rising_steps:
-            tail = [m.divergence for m in self._seen[-config.rising_steps - 1 :]]
-            if all(a < b for a, b in pairwise(tail)):
-                return f"the divergence rose {config.rising_steps} steps in a row, to {tail[-1]:.3g} nats"
+            tail = self._seen[-config.rising_steps - 1 :]
+            if all(a.objective == b.objective and a.divergence < b.divergence for a, b in pairwise(tail)):
+                return f"the divergence rose {config.rising_steps} steps in a row, to {metrics.divergence:.3g} nats"
         if len(self._seen) <= config.warmup_steps:
             return None
         start = {name: sum(getattr(m, name) for m in first) / len(first) for name in _WATCHED}

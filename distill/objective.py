@@ -194,6 +194,18 @@ class _Chunked(torch.autograd.Function):
         return grad_hidden, grad_weight, None, None
 
 
+def _overlap(logp_s_CV: Tensor, logp_t_CV: Tensor) -> tuple[Tensor, ...]:
+    """The fields of Overlap for a chunk."""
+    s_CV, t_CV = logp_s_CV.exp(), logp_t_CV.exp()
+    return (
+        -(s_CV * logp_s_CV).sum(-1),
+        -(t_CV * logp_t_CV).sum(-1),
+        t_CV.gather(-1, logp_s_CV.argmax(-1, keepdim=True)).squeeze(-1),
+        s_CV.gather(-1, logp_t_CV.argmax(-1, keepdim=True)).squeeze(-1),
+        torch.minimum(s_CV, t_CV).sum(-1),
+    )
+
+
 def _log_probs(hidden_CD: Tensor, weight_VD: Tensor) -> Tensor:
     """Log-probabilities of a chunk in float32 (float64 stays): the product in the head's dtype, the rest in full."""
     logits_CV = hidden_CD.to(weight_VD.dtype) @ weight_VD.T
@@ -245,14 +257,7 @@ def chunked_divergence(
 
     def score(logp_s_CV: Tensor, part: slice) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         logp_t_CV = _log_probs(hidden_t_PD[part], weight_t_VD)
-        s_CV, t_CV = logp_s_CV.exp(), logp_t_CV.exp()
-        stats = (
-            -(s_CV * logp_s_CV).sum(-1),
-            -(t_CV * logp_t_CV).sum(-1),
-            t_CV.gather(-1, logp_s_CV.argmax(-1, keepdim=True)).squeeze(-1),
-            s_CV.gather(-1, logp_t_CV.argmax(-1, keepdim=True)).squeeze(-1),
-            torch.minimum(s_CV, t_CV).sum(-1),
-        )
+        stats = _overlap(logp_s_CV, logp_t_CV)
         return *divergence(logp_s_CV, logp_t_CV), stats
 
     return _run(hidden_s_PD, weight_s_VD, score, chunk)

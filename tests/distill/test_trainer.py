@@ -16,7 +16,7 @@ from distill.checkpoint import latest_resumable, load_weights, read_manifest
 from distill.config import LoraSettings
 from distill.errors import CheckpointError, DistillConfigError
 from distill.monitor import Guard, GuardConfig, StepMetrics, distinct_n, leak_rate
-from distill.objective import forward_kl, reverse_kl
+from distill.objective import forward_kl
 from distill.packing import Sample
 from distill.source import Batch, OnPolicySource, check_pair, deal, make_sample
 from distill.teacher import FrozenTeacher
@@ -193,7 +193,8 @@ def test_samples_carry_the_sampled_ids_and_one_generation_header(make_trainer, k
     for sample, episode in zip(batch.samples, batch.episodes, strict=True):
         assert sample.continuation == episode.token_ids[episode.prompt_length :]
         assert sample.student_prompt == episode.token_ids[: episode.prompt_length]
-        assert len(sample.teacher_prompt) > len(sample.student_prompt)
+        bare, taught = (source.renderer.decode(p) for p in (sample.student_prompt, sample.teacher_prompt))
+        assert taught == f"system\n{knowledge}\n{bare}"  # the teacher is asked for nothing else
         header = source.renderer.generation_header
         assert (
             list(sample.teacher_prompt[-len(header) :]) == list(header) == list(sample.student_prompt[-len(header) :])
@@ -244,6 +245,10 @@ def test_the_guard_sees_a_rising_divergence_and_lets_a_sure_teacher_make_a_sure_
     guard = Guard(GuardConfig(rising_steps=3))
     assert [guard.check(metrics(i, divergence=d)) for i, d in enumerate([1, 0.9, 1.0, 1.1], 1)] == [None] * 4
     assert "rose 3 steps" in (guard.check(metrics(5, divergence=1.2)) or "")
+    crossing = Guard(GuardConfig(rising_steps=3))  # of two objectives the values cannot be compared
+    rising = [metrics(i, divergence=i, objective="forward_kl" if i < 3 else "reverse_kl") for i in range(1, 6)]
+    assert [crossing.check(m) for m in rising] == [None] * 5
+    assert "rose 3 steps" in (crossing.check(metrics(6, divergence=6, objective="reverse_kl")) or "")
     calm = Guard(GuardConfig(warmup_steps=1, rising_steps=None))
     calm.check(metrics(1))
     assert calm.check(metrics(2, student_entropy=0.05, teacher_entropy=0.05)) is None
@@ -257,11 +262,12 @@ def test_distinct_and_leaks() -> None:
     assert leak_rate(["The answer is 4.", "experience counts", "According to the recipe, bake."]) == 0.0
 
 
-def test_history_is_plain_json(make_trainer) -> None:
+def test_history_and_checkpoints_are_plain_json_and_tensors(make_trainer) -> None:
     result = make_trainer(steps=1).fit()
     text = json.dumps([m.model_dump() for m in result.history])
     assert StepMetrics.model_validate(json.loads(text)[0]) == result.history[0]
-    assert reverse_kl is not forward_kl
+    kinds = {path.suffix for path in result.last.parent.rglob("*") if path.is_file()}
+    assert kinds == {".json", ".safetensors"}  # no stage hands over a pickle
 
 
 def test_no_tasks_or_no_tokens_is_said(make_trainer, knowledge, tiny_model, tiny_tokenizer) -> None:

@@ -125,3 +125,4 @@ def test_bad_words_are_one_line(tiny_folder: Path, tmp_path: Path, words: list[s
     assert named in result.stderr
     assert "Traceback" not in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
+    assert len(result.stderr) < 300
