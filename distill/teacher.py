@@ -1,7 +1,8 @@
 """The teacher: the distribution that saw the knowledge, scored on what the student said without it.
 
 All teacher prompts of a job begin with the same knowledge and the teacher is frozen, so the key-value states of that
-prefix are computed once and every sample of every step is scored from them. Which tokens are shared is found on the
+prefix are computed once and every sample of every step is scored from them (a teacher that moves computes them once a
+step). Which tokens are shared is found on the
 ids themselves: whatever a sample's prompt has in common with the cached prefix is taken from the cache, the rest is
 read, so that the result never depends on the cache being right about the text.
 """

@@ -60,14 +60,16 @@ def consolidate(
         sampler: another engine that samples for the student, refreshed every `config.sync_every` steps.
 
     Raises:
-        EngineCannotTrainError: full weights were asked for, which need a second copy and a plain model; or `teacher`
-            is not the model that the settings name.
+        EngineCannotTrainError: full weights were asked for, which need a second copy and a plain model; the parent is
+            of another model; or `teacher` is not the one that the settings name.
         VocabularyMismatchError: the teacher's tokenizer is another one.
     """
     if config.lora is None:
         raise EngineCannotTrainError(
             "lora=None: `engrain improve` trains adapters; use the distill.Trainer API for full weights"
         )
+    if parent is not None and parent.model != engine.model:
+        raise EngineCannotTrainError(f"checkpoint {parent.id} is of {parent.model}, not {engine.model}; pass --model")
     given = teacher.model if teacher else None
     if config.teacher != given:
         raise EngineCannotTrainError(

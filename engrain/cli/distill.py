@@ -32,7 +32,7 @@ def command(
     out: Annotated[Path, typer.Option(help="Folder of the run; an interrupted run there goes on.")],
     option: OptionsOption = None,
     model: ModelOption = DEFAULT_MODEL,
-    parent: Annotated[str | None, typer.Option(help="Checkpoint to go on from, and to be taught by.")] = None,
+    parent: Annotated[str | None, typer.Option(help="Checkpoint to go on from.")] = None,
     method: Annotated[str, typer.Option(help="opcd, off_policy, sft (both on the teacher's play) or mixed.")] = "opcd",
     objective: Annotated[
         str | None,

@@ -19,7 +19,7 @@ from engrain.consolidate import consolidate
 from engrain.errors import EngineCannotTrainError
 from envs import registry
 from envs.base import Split
-from memory.records import Knowledge
+from memory.records import CheckpointRecord, Knowledge
 
 KNOWLEDGE = Knowledge(id="k", items=(), text="Answer briefly.", tokens=0)
 
@@ -88,6 +88,12 @@ def test_a_second_model_teaches_if_it_is_the_one_named(
     wide.tokenizer.add_tokens(["<extra>"])
     with pytest.raises(VocabularyMismatchError, match="<extra>"):
         consolidate(engine, tasks, KNOWLEDGE, settings, tmp_path, teacher=wide)
+
+
+def test_a_parent_of_another_model_is_refused(engine, tasks, tmp_path: Path) -> None:
+    parent = CheckpointRecord(id="p", model="other", path=str(tmp_path), kind="lora")
+    with pytest.raises(EngineCannotTrainError, match="other"):
+        consolidate(engine, tasks, KNOWLEDGE, config(), tmp_path, parent=parent)
 
 
 def run(folder: Path, tmp_path: Path, *words: str):
