@@ -53,6 +53,17 @@ class Listener(Protocol):
         """A training step is over."""
 
 
+class OodResult(BaseModel):
+    """One other world: bare, with the knowledge in context, and distilled. What the knowledge itself costs there
+    shows in context; what training costs on top shows after."""
+
+    model_config = ConfigDict(frozen=True)
+
+    before: EvaluationRecord
+    in_context: EvaluationRecord
+    after: EvaluationRecord
+
+
 class RoundResult(BaseModel):
     """What a round came to. Evaluations are by name: `bare`, `in_context`, `distilled` on test tasks."""
 
@@ -66,7 +77,7 @@ class RoundResult(BaseModel):
     verdict: Verdict | None = None
     checkpoint: CheckpointRecord | None = None
     evaluations: dict[str, EvaluationRecord] = {}
-    ood: dict[str, tuple[EvaluationRecord, EvaluationRecord]] = {}  # world -> before, after
+    ood: dict[str, OodResult] = {}
     validation: dict[int, float] = {}
     history: tuple[StepMetrics, ...] = ()
     seconds: float
@@ -267,10 +278,12 @@ class Round:
         self._load(self.parent)
         bare = self._evaluate("test/bare", tasks)
         in_context = self._evaluate("test/in_context", tasks, knowledge)
-        before = [self._evaluate("ood/before", self._ood(spec)) for spec in settings.ood]
+        others = [self._ood(spec) for spec in settings.ood]
+        before = [self._evaluate("ood/before", other) for other in others]
+        between = [self._evaluate("ood/in_context", other, knowledge) for other in others]
         self._load(checkpoint)
         distilled = self._evaluate("test/distilled", tasks, checkpoint=checkpoint)
-        after = [self._evaluate("ood/after", self._ood(spec), checkpoint=checkpoint) for spec in settings.ood]
+        after = [self._evaluate("ood/after", other, checkpoint=checkpoint) for other in others]
         verdict = judge(
             outcomes(bare),
             outcomes(distilled),
@@ -290,7 +303,10 @@ class Round:
             verdict=verdict,
             checkpoint=self.store.checkpoint(checkpoint.id),
             evaluations={"bare": bare, "in_context": in_context, "distilled": distilled},
-            ood={f"{b.env}/{b.split}": (b, a) for b, a in zip(before, after, strict=True)},
+            ood={
+                f"{b.env}/{b.split}": OodResult(before=b, in_context=c, after=a)
+                for b, c, a in zip(before, between, after, strict=True)
+            },
         )
 
     # -- what the stages share ----------------------------------------------------------------------------------

@@ -18,6 +18,9 @@ from engrain.gate import Rate, recovery, wilson
 from engrain.loop import RoundResult
 from memory.records import EvaluationRecord
 
+#: How an `OodResult` was measured, in the order of the report.
+MOMENTS = ("before", "in_context", "after")
+
 
 def machine() -> dict[str, Any]:
     """What the numbers were made on: processor, cores this process may use, memory, accelerator."""
@@ -36,7 +39,10 @@ def machine() -> dict[str, Any]:
 def summary(result: RoundResult, config: ImproveConfig) -> dict[str, Any]:
     """The round as plain data, as `report.json` holds it. Accuracies come with their 95% Wilson interval and count."""
     found = {name: _rate(evaluation) for name, evaluation in result.evaluations.items()}
-    pooled = [wilson([outcome for pair in result.ood.values() for outcome in outcomes(pair[side])]) for side in (0, 1)]
+    pooled = {
+        moment: wilson([outcome for other in result.ood.values() for outcome in outcomes(getattr(other, moment))])
+        for moment in MOMENTS
+    }
     return {
         "round": result.round.number,
         "status": result.status,
@@ -48,16 +54,13 @@ def summary(result: RoundResult, config: ImproveConfig) -> dict[str, Any]:
         "recovery": _recovery(found),
         "gain": result.verdict.gain.model_dump() if result.verdict else None,
         "validation_gap": result.gap.model_dump() if result.gap else None,
-        "ood_before": pooled[0].model_dump(),
-        "ood_after": pooled[1].model_dump(),
+        **{f"ood_{moment}": rate.model_dump() for moment, rate in pooled.items()},
         "ood_worlds": {
             world: {
-                "before": _rate(before).model_dump(),
-                "after": _rate(after).model_dump(),
-                "mean_score_before": before.mean_score,
-                "mean_score_after": after.mean_score,
+                moment: {**_rate(found).model_dump(), "mean_score": found.mean_score}
+                for moment, found in ((moment, getattr(other, moment)) for moment in MOMENTS)
             }
-            for world, (before, after) in result.ood.items()
+            for world, other in result.ood.items()
         },
         "knowledge": result.knowledge.text if result.knowledge else None,
         "objective": config.distill.objective,
@@ -80,10 +83,12 @@ def table(result: RoundResult) -> Table:
     titles = {"bare": "bare", "in_context": "knowledge in context", "distilled": "distilled, nothing in context"}
     for name, evaluation in result.evaluations.items():
         view.add_row(f"{evaluation.env}/{evaluation.split}", titles.get(name, name), *_cells(evaluation))
-    for world, (before, after) in result.ood.items():
+    for world, other in result.ood.items():
         view.add_section()
-        view.add_row(f"{world} (other world)", "before", *_cells(before))
-        view.add_row("", "after", *_cells(after))
+        for moment, title in zip(MOMENTS, (titles["bare"], titles["in_context"], titles["distilled"]), strict=True):
+            view.add_row(
+                f"{world}, not trained on" if moment == "before" else "", title, *_cells(getattr(other, moment))
+            )
     return view
 
 

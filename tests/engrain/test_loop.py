@@ -203,7 +203,7 @@ def test_a_round_learns_judges_and_reports(run, tmp_path) -> None:
     assert facts["bare"]["n"] == 16
     assert write(result, config, tmp_path / "out").is_file()
     assert (tmp_path / "out" / "curve.png").read_bytes().startswith(b"\x89PNG")
-    assert table(result).row_count == 5
+    assert table(result).row_count == 6
     with Store.open(str(tmp_path / "whole.db")) as store:
         by_split = {s: {e.task_id for e in store.episode_rows(split=s)} for s in ("train", "validation", "test", "ood")}
         assert all(not by_split[a] & by_split[b] for a in by_split for b in by_split if a < b)
