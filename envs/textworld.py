@@ -111,11 +111,13 @@ def command_of(reply: str) -> str:
     """The command in a reply: its first line with text, without a leading `>` or surrounding quotes.
 
     Of several commands in that line (`look. go north`, `look then go north`) it is the first: a reply is one turn.
+    Only printable Latin-1 is left, `?` standing for the rest: a NUL crashes the interpreter, and so do many emoji.
     """
     line = next((line.strip() for line in reply.splitlines() if line.strip()), "")
     line = line.lstrip("> \t").strip("\"'`“”‘’ \t")
     line = next((part for part in _NEXT_COMMAND.split(line) if part.strip()), "").strip("\"'`“”‘’ \t")
-    return " ".join(line.split())[:_LONGEST_COMMAND]
+    line = " ".join("".join(c if c.isprintable() else " " for c in line).split())[:_LONGEST_COMMAND]
+    return line.encode("latin-1", "replace").decode("latin-1")
 
 
 def _forbidden(command: str) -> bool:

@@ -273,6 +273,22 @@ def test_any_reply_gives_one_short_line(reply):
     command = command_of(reply)
     assert len(command) <= 160
     assert len(command.splitlines()) <= 1
+    assert command.isprintable()
+    assert command.isascii() or command.encode("latin-1")
+
+
+def test_replies_that_crash_the_interpreter_are_commands_like_any_other():
+    """In a process of its own: a crash would take these tests with it."""
+    script = (
+        "from envs import registry\nfrom envs.base import Split\n"
+        "task = registry.world('textworld', {'game': 'coin_collector'}).tasks(Split.TRAIN, 1)[0]\n"
+        "for reply in ('look\\0save', '\\0', '\\U0001f600' * 160, '\\udfff', '\\x1b[A'):\n"
+        "    env = registry.make(task)\n    env.reset()\n    print(ascii(env.step(reply).observation.text[:40]))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert ended.returncode == 0, ended.stderr
+    assert len(ended.stdout.splitlines()) == 5
 
 
 @given(st.text())
