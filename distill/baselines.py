@@ -15,10 +15,11 @@ from torch import nn
 from agent.engines.base import Engine
 from agent.episode import Episode, SamplingParams
 from agent.renderer import Renderer
+from agent.rollout import play
 from distill.adapters import teacher_weights
 from distill.errors import DistillConfigError
 from distill.packing import Sample
-from distill.source import Batch, Source, check_pair, deal, opening, play_batch, step_seed
+from distill.source import Batch, Source, check_pair, deal, opening, step_seed
 from envs.base import Task
 
 #: How many batches may be played for one step before it is given up that an episode succeeds.
@@ -106,7 +107,7 @@ class TeacherSource:
 
     def _play(self, step: int, attempt: int) -> list[Episode]:
         with teacher_weights(self.model) if self.model is not None else nullcontext():
-            return play_batch(
+            return play(
                 deal(self.tasks, step, self.batch_size, self.seed),
                 self.engine,
                 sampling=self.sampling,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -58,41 +57,6 @@ def step_seed(seed: int, *place: int) -> int:
     """The sampling seed of a step, or of a part of it, in [0, 2**63)."""
     digest = hashlib.sha256("\0".join(map(str, (seed, *place))).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
-
-
-def play_batch(
-    tasks: Sequence[Task],
-    engine: Engine,
-    *,
-    sampling: SamplingParams,
-    namespace: str,
-    seed: int,
-    knowledge: str | None = None,
-    knowledge_id: str | None = None,
-    on_episode: Callable[[Episode], None] | None = None,
-) -> list[Episode]:
-    """`agent.rollout.play`, except that a task which occurs again is sampled again, not the same way twice."""
-    rounds: list[list[Task]] = []
-    seen: Counter[str] = Counter()
-    for task in tasks:
-        if seen[task.id] == len(rounds):
-            rounds.append([])
-        rounds[seen[task.id]].append(task)
-        seen[task.id] += 1
-    return [
-        episode
-        for number, part in enumerate(rounds)
-        for episode in play(
-            part,
-            engine,
-            sampling=sampling,
-            namespace=f"{namespace}/{number}" if number else namespace,
-            knowledge=knowledge,
-            knowledge_id=knowledge_id,
-            seed=step_seed(seed, number) if number else seed,
-            on_episode=on_episode,
-        )
-    ]
 
 
 def make_sample(episode: Episode, renderer: Renderer, knowledge: str, max_context: int) -> Sample:
@@ -185,7 +149,7 @@ class OnPolicySource:
 
     def __call__(self, step: int) -> Batch:
         """Play the batch of `step`."""
-        episodes = play_batch(
+        episodes = play(
             deal(self.tasks, step, self.batch_size, self.seed),
             self.engine,
             sampling=self.sampling,
