@@ -11,7 +11,7 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from envs.base import Task
 
@@ -47,10 +47,10 @@ class SamplingParams(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0  # 0 keeps all
-    max_tokens: int = 256
+    temperature: float = Field(1.0, ge=0, allow_inf_nan=False)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0, description="0 keeps all")
+    max_tokens: int = Field(256, ge=1)
     seed: int | None = None
 
 

@@ -13,10 +13,6 @@ class ContextLengthError(UsageError):
     """A prompt and the tokens asked for do not fit the model's context. Nothing is truncated silently."""
 
 
-class SamplingError(UsageError):
-    """A sampling parameter is out of its range."""
-
-
 class CheckpointError(UsageError):
     """A checkpoint folder is neither a LoRA adapter nor full weights, or does not fit the model."""
 

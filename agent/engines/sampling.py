@@ -6,34 +6,16 @@ does not depend on its neighbours.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from agent.episode import SamplingParams
-from agent.errors import SamplingError
 
 _BLOCK = 128  # first level of the two-level search for the sampled token
 _ROWS = 8  # rows turned to float32 at a time: enough to fill the cores, few enough to stay in their caches
 _FIRST_CANDIDATES = 1024  # top_p rarely needs more, and a full sort of a 150k vocabulary is slow
-
-
-def check_sampling(sampling: SamplingParams) -> None:
-    """Refuse parameters out of range.
-
-    Raises:
-        SamplingError: naming the parameter and its value.
-    """
-    if not 0 <= sampling.temperature < math.inf:
-        raise SamplingError(f"temperature {sampling.temperature} is not a number from 0 up; 0 is greedy")
-    if not 0 < sampling.top_p <= 1:
-        raise SamplingError(f"top_p {sampling.top_p} is not in (0, 1]; 1 keeps all tokens")
-    if sampling.top_k < 0:
-        raise SamplingError(f"top_k {sampling.top_k} is below 0; 0 keeps all tokens")
-    if sampling.max_tokens < 1:
-        raise SamplingError(f"max_tokens {sampling.max_tokens} is below 1")
 
 
 def pick(logits_BV: Tensor, sampling: Sequence[SamplingParams], uniforms_B: Tensor) -> tuple[list[int], list[float]]:

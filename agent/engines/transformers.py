@@ -17,7 +17,6 @@ from agent.engines.base import Completion
 from agent.engines.cache import PastStore
 from agent.engines.decode import Decoder, Limits
 from agent.engines.lora import merged
-from agent.engines.sampling import check_sampling
 from agent.episode import SamplingParams
 from agent.errors import CheckpointError, ContextLengthError, ModelLoadError
 from agent.renderer import Renderer
@@ -104,11 +103,9 @@ class TransformersEngine:
 
         Raises:
             ContextLengthError: a prompt plus its max_tokens exceeds max_context.
-            SamplingError: a sampling parameter is out of range.
             EngineFailedError: the model's logits are not numbers.
         """
         for prompt, params in zip(prompts, sampling, strict=True):
-            check_sampling(params)
             if not prompt:
                 raise ContextLengthError("a prompt is empty; a model needs at least one token to go on from")
             if len(prompt) + params.max_tokens > self.max_context:

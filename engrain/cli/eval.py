@@ -47,7 +47,6 @@ def command(
     as_json: JsonOption = False,
 ) -> None:
     """Accuracy with its 95% Wilson interval. What the store already holds is not played again."""
-    from agent.engines.sampling import check_sampling
     from agent.episode import SamplingParams
     from engrain.console import ConsoleListener
     from engrain.evaluate import failures, measure, outcomes, play_stored
@@ -56,7 +55,6 @@ def command(
 
     chosen = registry.world(env, world_options(option)).tasks(split, tasks, seed)
     sampling = SamplingParams(temperature=temperature, max_tokens=max_tokens)
-    check_sampling(sampling)
     records: dict[str, EvaluationRecord] = {}
     broken: dict[str, str] = {}
     with open_store(store) as memory:

@@ -59,8 +59,6 @@ def command(
     as_json: JsonOption = False,
 ) -> None:
     """Watch the agent play, turn by turn, or play yourself with --human. Episodes go to the store."""
-    from agent.engines.sampling import check_sampling
-
     if human and as_json:
         raise UsageError("--human and --json exclude each other: a player needs to see the game")
     if human and (knowledge or checkpoint):
@@ -74,7 +72,6 @@ def command(
             text = find_knowledge(knowledge, opened) if knowledge else None
             weights = find_checkpoint(checkpoint, opened, model) if checkpoint else None
             sampling = SamplingParams(temperature=temperature, max_tokens=max_tokens)
-            check_sampling(sampling)
             with open_engine(model) as engine:
                 load_checkpoint(engine, weights)
                 played = _play_agent(tasks, console, opened, engine, text, sampling, seed)

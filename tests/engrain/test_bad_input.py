@@ -42,6 +42,8 @@ def here(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., Any
     (tmp_path / "latin.txt").write_bytes(b"\xe9\xff")
     (tmp_path / "cut.json").write_text('{"model": ')
     (tmp_path / "typo.json").write_text('{"model": "m", "world": {"env": "math"}, "sead": 1}')
+    sampling = '{"model": "m", "world": {"env": "math"}, "distill": {"sampling": {"max_tokens": -5}}}'
+    (tmp_path / "sampling.json").write_text(sampling)
     (tmp_path / "prose.db").write_text("no database " * 99)
     Store.open(str(tmp_path / "empty.db")).close()
     Store.open(str(tmp_path / "newer.db")).close()
@@ -79,7 +81,7 @@ def here(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., Any
         (("eval", "textworld", "--seed", "1000"), 2, "seed=1000"),
         (("eval", "frozenlake", "-o", "holes=-1"), 2, "holes='-1'"),
         (("eval", "frozenlake"), 2, "boards in split 'test', 64 were asked for"),
-        ((*EVAL, "--temperature", "inf"), 2, "temperature inf"),
+        ((*EVAL, "--temperature", "inf"), 2, "temperature: Input should be a finite number"),
         ((*EVAL, "--knowledge", "nope"), 2, "no knowledge 'nope'"),
         ((*EVAL, "--knowledge", LONG), 2, "no knowledge"),
         ((*EVAL, "--knowledge", "~no-such-user-at-all/x"), 2, "no knowledge"),
@@ -103,6 +105,7 @@ def here(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., Any
         (("improve", "--config", "{here}/missing.json"), 2, "cannot be read"),
         (("improve", "--config", "{here}/cut.json"), 2, "Invalid JSON"),
         (("improve", "--config", "{here}/typo.json"), 2, "sead"),
+        (("improve", "--config", "{here}/sampling.json"), 2, "distill.sampling.max_tokens"),
         (("memory", "rounds"), 2, "there is no store"),
         (("memory", "items", "--store", "{here}/newer.db"), 2, "newer version of Engrain"),
         (("memory", "items", "--store", "{here}/prose.db"), 2, "not a database"),
