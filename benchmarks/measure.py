@@ -1,0 +1,71 @@
+"""How all benchmarks measure: each case in a process of its own, medians over repeats, one JSON line at the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def in_process_of_its_own(script: str, **case: Any) -> dict[str, Any]:
+    """Run `script --case JSON` and return what its last line says. Peak memory is then that case's alone."""
+    root = str(Path(__file__).resolve().parent.parent)
+    environment = {**os.environ, "PYTHONPATH": root, "TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
+    command = [sys.executable, script, "--case", json.dumps(case)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if done.returncode:
+        raise SystemExit(f"{case} failed:\n{done.stderr[-2000:]}")
+    found = json.loads(done.stdout.splitlines()[-1])
+    print(f"{case} -> {found}", file=sys.stderr, flush=True)
+    return found
+
+
+def timed(step: Callable[[], Any], repeats: int, warm_up: int = 1) -> dict[str, Any]:
+    """Median seconds of `step` after warm-up, and how far the process's peak memory rose above where it started."""
+    import torch
+
+    gpu = torch.cuda.is_available()
+    before = _peak(gpu)
+    seconds = []
+    for number in range(warm_up + repeats):
+        if gpu:
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        step()
+        if gpu:
+            torch.cuda.synchronize()
+        if number >= warm_up:
+            seconds.append(time.perf_counter() - started)
+    return {
+        "seconds": round(statistics.median(seconds), 4),
+        "spread": round(max(seconds) - min(seconds), 4),
+        "repeats": repeats,
+        "peak_bytes": _peak(gpu),
+        "rise_bytes": _peak(gpu) - before,
+    }
+
+
+def _peak(gpu: bool) -> int:
+    import torch
+
+    if gpu:
+        return int(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def where() -> dict[str, Any]:
+    """The machine and the libraries of a measurement."""
+    import torch
+
+    from distill.checkpoint import versions
+    from engrain.report import machine
+
+    return {**machine(), "threads": torch.get_num_threads(), "system": platform.system(), "versions": versions()}
