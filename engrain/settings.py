@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from agent.models.paths import engrain_home
+from envs.home import engrain_home
 
 
 class Settings(BaseSettings):
@@ -27,7 +27,10 @@ class Settings(BaseSettings):
     @field_validator("home")
     @classmethod
     def _absolute(cls, home: Path) -> Path:
-        return home.expanduser().absolute()
+        try:
+            return home.expanduser().absolute()
+        except RuntimeError as error:
+            raise ValueError("there is no such user's home; name a folder in ENGRAIN_HOME") from error
 
 
 def home() -> Path:
@@ -42,7 +45,7 @@ def home() -> Path:
 def default_store_url() -> str:
     """The store to open when the command line names none: ENGRAIN_STORE, or a SQLite file in `home()`."""
     settings = Settings()
-    return settings.store or f"sqlite:///{settings.home / 'engrain.db'}"
+    return settings.store or str(settings.home / "engrain.db")  # no URL: in one `?` and `%` would mean something
 
 
 def runs_dir() -> Path:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 import threading
@@ -17,9 +16,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from platformdirs import user_cache_path
-
 from envs.errors import BadTaskError, EnvFailedError
+from envs.home import engrain_home
 
 #: TextWorld keeps parsers and knowledge bases in module state: one thread at a time may be inside it. It is pure
 #: Python between calls of the interpreter that take microseconds, so nothing is lost by it.
@@ -30,9 +28,8 @@ _LENGTH_UNITS = {1: 2, 2: 2, 3: 2, 4: 4, 5: 4, 6: 8, 7: 8, 8: 8}
 
 
 def games_folder() -> Path:
-    """Where games are kept: `games/` under ENGRAIN_HOME, else under the user's cache folder."""
-    home = os.environ.get("ENGRAIN_HOME")
-    return (Path(home).expanduser() if home else user_cache_path("engrain")) / "games"
+    """Where games are kept. The folder may not exist yet."""
+    return engrain_home() / "games"
 
 
 def game_file(kind: str, settings: Mapping[str, Any], seed: int) -> Path:

@@ -207,11 +207,27 @@ def test_doctor_fails_with_the_fix_when_home_cannot_be_written(tmp_path: Path, m
     assert "set ENGRAIN_HOME to a folder of yours" in plain(result.stdout)
 
 
+@pytest.mark.parametrize("name", ["what?=x", "50%20x#y", "a b"])
+def test_any_name_will_do_for_the_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv("ENGRAIN_HOME", str(tmp_path / name))
+    assert run("play", "math", "--human", input="").exit_code == 0
+    assert (tmp_path / name / "engrain.db").is_file()
+
+
+@pytest.mark.parametrize("command", [("memory", "rounds"), ("model", "list"), ("eval", "textworld", "-n", "1")])
+def test_the_home_of_nobody_is_one_line(monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]) -> None:
+    monkeypatch.setenv("ENGRAIN_HOME", "~no-such-user-at-all/x")
+    result = run(*command)
+    assert result.exit_code == 2
+    assert "no such user's home" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
 def test_settings_follow_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("ENGRAIN_HOME", str(tmp_path / "a"))
     assert settings.home() == tmp_path / "a"
     assert settings.runs_dir() == tmp_path / "a" / "runs"
-    assert settings.default_store_url() == f"sqlite:///{tmp_path / 'a' / 'engrain.db'}"
+    assert settings.default_store_url() == str(tmp_path / "a" / "engrain.db")
     monkeypatch.setenv("ENGRAIN_STORE", "postgresql://somewhere/engrain")
     assert settings.default_store_url() == "postgresql://somewhere/engrain"
     monkeypatch.setenv("ENGRAIN_HOME", "~/b")
