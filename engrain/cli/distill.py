@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
@@ -24,6 +25,9 @@ from engrain.cli.common import (
     open_store,
     world_options,
 )
+from envs.base import Task
+from envs.errors import UsageError
+from memory.records import digest
 
 
 def command(
@@ -93,7 +97,8 @@ def command(
     held_out = world.tasks(Split.VALIDATION, validation, seed) if validation else []
     with open_store(store) as memory:
         text = find_knowledge(knowledge, memory)
-        start = find_checkpoint(parent, memory) if parent else None
+        start = find_checkpoint(parent, memory, model) if parent else None
+        _claim(out, env, pool, held_out, start.id if start else None)
         with (
             open_engine(teacher) if teacher else nullcontext() as other,
             open_engine(model) as engine,
@@ -132,3 +137,27 @@ def command(
     if fit.stopped:
         Console(stderr=True).print(f"stopped early: {fit.stopped}", markup=False)
     typer.echo(str(fit.best))
+
+
+def _claim(folder: Path, env: str, training: Sequence[Task], validation: Sequence[Task], parent: str | None) -> None:
+    """Note in the run's folder what it learns from; the trainer itself compares settings, model and knowledge.
+
+    Raises:
+        UsageError: the folder cannot be one, or what was trained there learned from other tasks or another parent.
+    """
+    job = {
+        "env": env,
+        "training": digest(*(task.id for task in training)),
+        "validation": digest(*(task.id for task in validation)),
+        "parent": parent,
+    }
+    note = folder / "job.json"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if note.exists() and json.loads(note.read_text()) != job and any(folder.glob("step-*")):
+            raise UsageError(
+                f"--out {folder} holds a run on other tasks or from another parent; give this run another folder"
+            )
+        note.write_text(json.dumps(job, indent=2) + "\n")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--out {folder} cannot be used: {error}") from error

@@ -102,6 +102,7 @@ def here(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., Any
         ((*DISTILL, "--objective", "magic"), 2, "objective"),
         ((*DISTILL, "--learning-rate", "0"), 2, "learning_rate"),
         ((*DISTILL, "--parent", "nope"), 2, "no checkpoint 'nope'"),
+        ((*DISTILL, "--out", "{here}/text.txt"), 2, "text.txt cannot be used"),
         (("improve", "--config", "{here}/missing.json"), 2, "cannot be read"),
         (("improve", "--config", "{here}/cut.json"), 2, "Invalid JSON"),
         (("improve", "--config", "{here}/typo.json"), 2, "sead"),
