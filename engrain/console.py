@@ -57,7 +57,7 @@ class ConsoleListener:
     def note(self, text: str) -> None:
         """An indented line."""
         if not self.quiet:
-            self.console.print(f"                  {text}", markup=False, highlight=False)
+            self.console.print(f"{'':17} {text}", markup=False, highlight=False, soft_wrap=True)
 
     def rollout(self, what: str, stats: RolloutStats) -> None:
         """Episodes done so far."""

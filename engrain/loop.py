@@ -221,6 +221,14 @@ class Round:
             return self.store.checkpoint(self.state["consolidate"]["checkpoint"])
         self._begin("consolidate", f"OPCD, {config.objective}, {config.steps} steps of {config.batch_size} episodes")
 
+        def on_step(metrics: StepMetrics) -> None:
+            if metrics.step == 1:
+                self.listener.note(
+                    f"before training, at the first token: the student gives the teacher's choice "
+                    f"{metrics.student_mass:.1%}, the teacher gives the student's {metrics.teacher_mass:.1%}"
+                )
+            self.listener.step(metrics, config.steps)
+
         def validate(sampler: TransformersEngine, step: int) -> float:
             name = f"validation/step-{step:06d}"
             episodes = self._play(name, held_out, engine=sampler, sampling=self.config.evaluation.sampling)
@@ -235,7 +243,7 @@ class Round:
             config,
             self.folder,
             parent=self.parent,
-            on_step=lambda metrics: self.listener.step(metrics, config.steps),
+            on_step=on_step,
             validate=validate,
             on_episode=self._keep_training_episode,
         )
@@ -413,5 +421,6 @@ def _alternate(episodes: Sequence[Episode], count: int, seed: int) -> list[Episo
 
 
 def _scored(score: Score) -> str:
-    text = " / ".join(item.text for item in score.knowledge.items)
-    return f"{score.accuracy:.2f}  {score.knowledge.tokens:4d} tokens  {text[:100]}"
+    texts = [item.text for item in score.knowledge.items]
+    more = f" (and {len(texts) - 1} more)" if len(texts) > 1 else ""
+    return f"{score.accuracy:.2f} with {score.knowledge.tokens} tokens: {texts[0][:90]}{more}"
