@@ -94,7 +94,14 @@ def consolidate(
             knowledge=knowledge.id,
             decode=own.renderer.decode,
         )
-        return trainer.fit(validate=(lambda step: validate(own, step)) if validate else None, on_step=on_step)
+
+        def stepped(metrics: StepMetrics) -> None:
+            own.checkpoint = f"{folder.name}@{metrics.step}"
+            if on_step:
+                on_step(metrics)
+
+        own.checkpoint = f"{folder.name}@{trainer.start}" if trainer.start else (parent.id if parent else None)
+        return trainer.fit(validate=(lambda step: validate(own, step)) if validate else None, on_step=stepped)
     finally:
         student.unload()
         if torch.cuda.is_available():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,7 +22,7 @@ from agent.rollout import RolloutStats
 from distill.checkpoint import read_manifest
 from distill.monitor import StepMetrics
 from distill.trainer import FitResult
-from engrain.config import ImproveConfig, OodSpec
+from engrain.config import ImproveConfig
 from engrain.consolidate import consolidate
 from engrain.errors import RoundConflictError
 from engrain.evaluate import failures, measure, outcomes, play_stored
@@ -83,6 +84,41 @@ class RoundResult(BaseModel):
     seconds: float
 
 
+@dataclass(frozen=True)
+class RoundTasks:
+    """All tasks of a round, drawn before anything is written. `play` is the beginning of `pool`."""
+
+    play: list[Task]
+    pool: list[Task]
+    validation: list[Task]
+    test: list[Task]
+    ood: dict[str, list[Task]]  # by a name that says which world it is
+
+    @classmethod
+    def draw(cls, config: ImproveConfig) -> RoundTasks:
+        """The tasks that the settings ask for.
+
+        Raises:
+            UsageError: a world or an option is unknown, or a split holds fewer tasks; the message says how many.
+        """
+        world = registry.world(config.world.env, config.world.options)
+        settings, seed = config.evaluation, config.seed
+        pool = world.tasks(Split.TRAIN, max(config.play.tasks, config.play.episodes), seed)
+        ood: dict[str, list[Task]] = {}
+        for spec in settings.ood:
+            name = f"{spec.env}/{spec.split.value}"
+            if name in ood:
+                name += f" ({len(ood) + 1})"
+            ood[name] = registry.world(spec.env, spec.options).tasks(spec.split, spec.tasks, seed)
+        return cls(
+            play=pool[: config.play.episodes],
+            pool=pool[: config.play.tasks],
+            validation=world.tasks(Split.VALIDATION, settings.validation_tasks, seed),
+            test=world.tasks(Split.TEST, settings.test_tasks, seed),
+            ood=ood,
+        )
+
+
 def open_round(store: Store, config: ImproveConfig, *, fresh: bool = False) -> RoundRecord:
     """The unfinished round of this model if its settings are these, else a new one.
 
@@ -131,7 +167,7 @@ class Round:
     ) -> None:
         self.store, self.engine, self.config, self.record = store, engine, config, record
         self.folder, self.listener = folder, listener
-        self.world = registry.world(config.world.env, config.world.options)
+        self.tasks = RoundTasks.draw(config)
         self.state: dict[str, Any] = dict(record.state)
         self.parent = self._parent()
         self.fit: FitResult | None = None
@@ -156,8 +192,8 @@ class Round:
 
     def play(self) -> list[Episode]:
         """Training tasks, played by the current checkpoint without knowledge."""
-        tasks = self._tasks(Split.TRAIN, self.config.play.episodes)
-        self._begin("play", f"{len(tasks)} training tasks of {self.world.name}, no knowledge")
+        tasks = self.tasks.play
+        self._begin("play", f"{len(tasks)} training tasks of {self.config.world.env}, no knowledge")
         self._load(self.parent)
         episodes = self._play("play", tasks, sampling=self.config.play.sampling)
         self.listener.note(f"{sum(e.success for e in episodes)} of {len(episodes)} solved")
@@ -192,7 +228,7 @@ class Round:
 
     def select(self, pool: Sequence[Knowledge]) -> tuple[Knowledge, Gain]:
         """The candidate that helps most on validation tasks, and its gap to the bare model."""
-        tasks = self._tasks(Split.VALIDATION, self.config.evaluation.validation_tasks)
+        tasks = self.tasks.validation
         if "select" in self.state:
             chosen = self.store.knowledge(self.state["select"]["knowledge"])
             return chosen, Gain.model_validate(self.state["select"]["gap"])
@@ -215,8 +251,7 @@ class Round:
     def consolidate(self, knowledge: Knowledge) -> CheckpointRecord:
         """OPCD, with the checkpoint chosen on validation tasks."""
         config = self.config.distill
-        tasks = self._tasks(Split.TRAIN, self.config.play.tasks)
-        held_out = self._tasks(Split.VALIDATION, self.config.evaluation.validation_tasks)
+        held_out = self.tasks.validation
         if "consolidate" in self.state:
             return self.store.checkpoint(self.state["consolidate"]["checkpoint"])
         self._begin("consolidate", f"OPCD, {config.objective}, {config.steps} steps of {config.batch_size} episodes")
@@ -238,7 +273,7 @@ class Round:
 
         self.fit = consolidate(
             self.engine,
-            tasks,
+            self.tasks.pool,
             knowledge,
             config,
             self.folder,
@@ -280,24 +315,24 @@ class Round:
 
     def judge(self, knowledge: Knowledge, gap: Gain, checkpoint: CheckpointRecord) -> RoundResult:
         """Bare, in context and distilled on test tasks; before and after on other worlds; promote or reject."""
-        settings = self.config.evaluation
-        tasks = self._tasks(Split.TEST, settings.test_tasks)
-        self._begin("judge", f"{len(tasks)} test tasks never seen before, and {len(settings.ood)} other worlds")
+        tasks, others = self.tasks.test, self.tasks.ood
+        self._begin("judge", f"{len(tasks)} test tasks never seen before, and {len(others)} other worlds")
         self._load(self.parent)
         bare = self._evaluate("test/bare", tasks)
         in_context = self._evaluate("test/in_context", tasks, knowledge)
-        others = [self._ood(spec) for spec in settings.ood]
-        before = [self._evaluate("ood/before", other) for other in others]
-        between = [self._evaluate("ood/in_context", other, knowledge) for other in others]
+        before = {name: self._evaluate(f"ood/before/{name}", other) for name, other in others.items()}
+        between = {name: self._evaluate(f"ood/in_context/{name}", other, knowledge) for name, other in others.items()}
         self._load(checkpoint)
         distilled = self._evaluate("test/distilled", tasks, checkpoint=checkpoint)
-        after = [self._evaluate("ood/after", other, checkpoint=checkpoint) for other in others]
+        after = {
+            name: self._evaluate(f"ood/after/{name}", other, checkpoint=checkpoint) for name, other in others.items()
+        }
         verdict = judge(
             outcomes(bare),
             outcomes(distilled),
-            [outcome for evaluation in before for outcome in outcomes(evaluation)],
-            [outcome for evaluation in after for outcome in outcomes(evaluation)],
-            ood_margin=settings.ood_margin,
+            [outcome for evaluation in before.values() for outcome in outcomes(evaluation)],
+            [outcome for evaluation in after.values() for outcome in outcomes(evaluation)],
+            ood_margin=self.config.evaluation.ood_margin,
         )
         if verdict.promoted:
             self.store.promote(checkpoint.id, why=verdict.reason)
@@ -311,10 +346,7 @@ class Round:
             verdict=verdict,
             checkpoint=self.store.checkpoint(checkpoint.id),
             evaluations={"bare": bare, "in_context": in_context, "distilled": distilled},
-            ood={
-                f"{b.env}/{b.split}": OodResult(before=b, in_context=c, after=a)
-                for b, c, a in zip(before, between, after, strict=True)
-            },
+            ood={name: OodResult(before=before[name], in_context=between[name], after=after[name]) for name in others},
         )
 
     # -- what the stages share ----------------------------------------------------------------------------------
@@ -326,12 +358,6 @@ class Round:
             self._done("parent", current.id if current else None)
         identity = self.state["parent"]
         return self.store.checkpoint(identity) if identity else None
-
-    def _tasks(self, split: Split, count: int) -> list[Task]:
-        return self.world.tasks(split, count, self.config.seed)
-
-    def _ood(self, spec: OodSpec) -> list[Task]:
-        return registry.world(spec.env, spec.options).tasks(spec.split, spec.tasks, self.config.seed)
 
     def _load(self, checkpoint: CheckpointRecord | None) -> None:
         wanted = checkpoint.id if checkpoint else None

@@ -96,7 +96,7 @@ def write(result: RoundResult, config: ImproveConfig, folder: Path) -> Path:
     """Write `report.json` and `curve.png` into `folder`; returns the JSON's path."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "report.json"
-    path.write_text(json.dumps(summary(result, config), indent=2, ensure_ascii=False) + "\n")
+    path.write_text(json.dumps(summary(result, config), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     if result.history:
         curve(result, folder / "curve.png")
     return path

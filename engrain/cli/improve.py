@@ -19,6 +19,7 @@ from engrain.cli.common import (
     open_store,
 )
 from engrain.cli.common import world_options as parse_options
+from engrain.errors import RoundConflictError
 from envs.errors import UsageError
 
 
@@ -37,6 +38,10 @@ def command(
     batch_size: Annotated[int | None, typer.Option(min=1, help="Episodes a training step.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Of the LoRA adapter.")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Most tokens a turn.")] = None,
+    train_tasks: Annotated[int | None, typer.Option(min=1, help="Tasks that training draws from.")] = None,
+    validation_tasks: Annotated[
+        int | None, typer.Option(min=1, help="Tasks that choose knowledge and checkpoint.")
+    ] = None,
     test_tasks: Annotated[int | None, typer.Option(min=1, help="Held-out tasks that judge the result.")] = None,
     seed: SeedOption = 0,
     fresh: Annotated[bool, typer.Option("--fresh", help="Give up an unfinished round instead of going on.")] = False,
@@ -50,10 +55,12 @@ def command(
 
     A round that was interrupted goes on where it stopped when the same command is run again.
     """
+    from filelock import FileLock, Timeout
+
     from engrain.config import ImproveConfig
     from engrain.console import ConsoleListener
     from engrain.demo import demo_config
-    from engrain.loop import Round, open_round
+    from engrain.loop import Round, RoundTasks, open_round
     from engrain.report import summary, table, write
     from engrain.settings import runs_dir
 
@@ -61,6 +68,10 @@ def command(
         raise UsageError(
             "say what to learn: a world (engrain improve math -o convention=json), --demo, or --config FILE"
         )
+    if config is not None and (model is not None or option or seed):
+        raise UsageError("--config holds model, seed and world options: change them there, or leave out --config")
+    if demo and option:
+        raise UsageError("--demo has a world of its own: leave out -o, or name a world instead of --demo")
     if config is not None:
         settings = _read(config)
     elif demo:
@@ -75,15 +86,28 @@ def command(
     if max_tokens is not None:
         for part in (settings["play"], settings["evaluation"], settings["distill"]):
             part["sampling"]["max_tokens"] = max_tokens
-    if test_tasks is not None:
-        settings["evaluation"]["test_tasks"] = test_tasks
+    if train_tasks is not None:
+        settings["play"]["tasks"] = train_tasks
+        settings["play"]["episodes"] = min(train_tasks, settings["play"]["episodes"])
+    for name, count in (("validation_tasks", validation_tasks), ("test_tasks", test_tasks)):
+        if count is not None:
+            settings["evaluation"][name] = count
     chosen = ImproveConfig.model_validate(settings)
+    RoundTasks.draw(chosen)  # before a round is opened or a model is loaded
 
     console = Console(stderr=True)
     with open_store(store) as memory:
         record = open_round(memory, chosen, fresh=fresh)
         folder = runs_dir() / f"round-{record.id}"
-        with open_engine(chosen.model) as engine, ConsoleListener(console, quiet=as_json) as listener:
+        runs_dir().mkdir(parents=True, exist_ok=True)
+        lock = FileLock(f"{folder}.lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise RoundConflictError(
+                f"round {record.number} of {chosen.model} is being played by another process; wait for it, or stop it"
+            ) from None
+        with lock, open_engine(chosen.model) as engine, ConsoleListener(console, quiet=as_json) as listener:
             result = Round(memory, engine, chosen, record, folder, listener).run()
         target = out or folder
         report = write(result, chosen, target)
@@ -91,9 +115,11 @@ def command(
             typer.echo(json.dumps(summary(result, chosen), indent=2, ensure_ascii=False))
             return
         _print(Console(highlight=False), result, table(result), summary(result, chosen), chosen)
-        console.print(
-            f"[dim]report  {report}\ncurve   {target / 'curve.png'}\nweights {folder}\nstore   {memory.url}[/]"
-        )
+        places = {"report": report, "curve": target / "curve.png", "weights": folder}
+        for name, place in places.items():
+            if place.exists():
+                console.print(f"[dim]{name:<8}{place}[/]", soft_wrap=True)
+        console.print(f"[dim]store   {memory.url}[/]", soft_wrap=True)
 
 
 def _print(console: Console, result: Any, view: Any, facts: dict[str, Any], config: Any) -> None:

@@ -57,6 +57,13 @@ def here(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., Any
     ("arguments", "code", "words"),
     [
         (("eval", "chess"), 2, "unknown env 'chess'"),
+        (("improve", "chess"), 2, "unknown env 'chess'"),
+        (("improve",), 2, "say what to learn"),
+        (("improve", "math", "--demo"), 2, "say what to learn"),
+        (("improve", "--demo", "-o", "convention=json"), 2, "world of its own"),
+        (("improve", "--config", "{here}/typo.json", "--seed", "3"), 2, "--config holds"),
+        (("improve", "frozenlake"), 2, "12 "),
+        (("improve", "math", "--objective", "sideways"), 2, "objective"),
         (("play", "chess"), 2, "unknown env 'chess'"),
         (("improve",), 2, "say what to learn"),
         (("eval", "math", "-m", "nope"), 2, "unknown model 'nope'"),
@@ -163,3 +170,10 @@ def test_an_empty_store_says_so(here: Path, noun: str) -> None:
     assert result.stdout == f"no {noun}\n"
     listed = CliRunner().invoke(shell.app, ["memory", noun, "--json", "--store", str(here / "empty.db")])
     assert listed.stdout == "[]\n"
+
+
+def test_a_round_that_cannot_be_drawn_leaves_no_round_behind(tmp_path: Path) -> None:
+    url = str(tmp_path / "rounds.db")
+    assert CliRunner().invoke(shell.app, ["improve", "frozenlake", "--store", url]).exit_code == 2
+    with Store.open(url) as store:
+        assert store.rounds() == []
