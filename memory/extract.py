@@ -224,10 +224,11 @@ class Extractor:
 
 
 def _seeds(episodes: Sequence[Episode], seed: int) -> list[int]:
-    """A 31-bit seed for each, fixed by the episode and how often it stood earlier, not by its neighbours."""
+    """A 31-bit seed for each, fixed by its task and how often that stood earlier: not by its neighbours, and not by the
+    episode's id, which another run of the same seed does not share."""
     seen: Counter[str] = Counter()
     seeds = []
     for episode in episodes:
-        seeds.append(int(digest(seed, episode.id, seen[episode.id]), 16) % 2**31)
-        seen[episode.id] += 1
+        seeds.append(int(digest(seed, episode.task.id, seen[episode.task.id]), 16) % 2**31)
+        seen[episode.task.id] += 1
     return seeds

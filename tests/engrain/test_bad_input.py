@@ -65,7 +65,6 @@ def here(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., Any
         (("improve", "frozenlake"), 2, "12 "),
         (("improve", "math", "--objective", "sideways"), 2, "objective"),
         (("play", "chess"), 2, "unknown env 'chess'"),
-        (("improve",), 2, "say what to learn"),
         (("eval", "math", "-m", "nope"), 2, "unknown model 'nope'"),
         (("eval", "math", "-m", LONG), 2, "unknown model"),
         (("eval", "math", "-m", "{here}/empty-folder"), 2, "without config.json"),

@@ -142,13 +142,16 @@ def test_all_prompts_go_in_one_call(queue_engine, make_episode, mode):
     assert "47 + 35 = 82" in texts[0]
 
 
-def test_ids_and_seeds_depend_on_the_episode_alone(queue_engine, make_episode):
+def test_seeds_depend_on_the_task_and_its_repetition_and_ids_on_the_episode(queue_engine, make_episode):
     def run(*ids):
         engine = queue_engine([f"{MARKER} x"] * len(ids))
-        return {e.episode_id: (e.id, e.seed) for e in Extractor(engine).extract([make_episode(i) for i in ids], 1)}
+        return [(e.id, e.seed) for e in Extractor(engine).extract([make_episode(i) for i in ids], 1)]
 
-    assert run("a", "b")["b"] == run("b")["b"]
-    assert run("a")["a"] != run("b")["b"]
+    (first,), (other,) = run("a"), run("b")  # one task, played in two rounds
+    assert first[1] == other[1]
+    assert first[0] != other[0]
+    assert run("a", "a")[0] == first
+    assert run("a", "a")[1][1] != first[1]
 
 
 def test_a_cut_off_output_loses_its_last_line(queue_engine, make_episode):
