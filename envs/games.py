@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+import struct
 import tempfile
 import threading
 import warnings
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -69,23 +72,51 @@ def game_file(kind: str, settings: Mapping[str, Any], seed: int) -> Path:
 
 
 def check_story(file: Path) -> None:
-    """Refuse a damaged story file: the interpreter does not report one, it ends the whole process.
+    """Refuse a damaged story file: the Z-machine's interpreter does not report one, it ends the whole process.
 
     Raises:
-        BadTaskError: the file is no Z-machine story, is cut short, or its checksum is wrong.
+        BadTaskError: the file is no Z-machine (`.ulx`: no Glulx) story, is cut short, or its checksum is wrong.
     """
     try:
         story = file.read_bytes()
     except OSError as error:
         raise BadTaskError(f"game file {file} cannot be read: {error.strerror}") from error
+    if file.suffix == ".ulx":
+        length, whole = _check_glulx(file, story)
+    else:
+        length, whole = _check_z_machine(file, story)
+    if length > len(story):
+        raise BadTaskError(f"game file {file} is cut short: {len(story)} of {length} bytes")
+    if not whole:
+        raise BadTaskError(f"game file {file} is damaged: its checksum is wrong")
+
+
+def glulx_interpreter() -> Path | None:
+    """The program that plays `.ulx` files, which TextWorld has brought along until 1.6; None where it does not."""
+    spec = find_spec("textworld")
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        program = Path(folder) / "thirdparty" / "glulx" / "Git-Glulx" / "git-glulx-ml"
+        if program.is_file() and os.access(program, os.X_OK):
+            return program
+    return None
+
+
+def _check_z_machine(file: Path, story: bytes) -> tuple[int, bool]:
+    """The length that a story's header names, and whether its checksum is right."""
     if len(story) < 64 or story[0] not in _LENGTH_UNITS:
         raise BadTaskError(f"game file {file} is no Z-machine story")
     length = int.from_bytes(story[0x1A:0x1C], "big") * _LENGTH_UNITS[story[0]]
-    if length > len(story):
-        raise BadTaskError(f"game file {file} is cut short: {len(story)} of {length} bytes")
     checksum = int.from_bytes(story[0x1C:0x1E], "big")  # 0 where a compiler wrote none
-    if length and checksum and sum(story[0x40:length]) % 0x10000 != checksum:
-        raise BadTaskError(f"game file {file} is damaged: its checksum is wrong")
+    return length, not (length and checksum) or sum(story[0x40:length]) % 0x10000 == checksum
+
+
+def _check_glulx(file: Path, story: bytes) -> tuple[int, bool]:
+    """The same of a Glulx story (Glulx specification, "The Header"): its checksum adds 32-bit words."""
+    if len(story) < 256 or story[:4] != b"Glul":
+        raise BadTaskError(f"game file {file} is no Glulx story")
+    length, checksum = (int.from_bytes(story[at : at + 4], "big") for at in (12, 32))
+    count = min(length, len(story)) // 4
+    return length, (sum(struct.unpack(f">{count}I", story[: 4 * count])) - checksum) % (1 << 32) == checksum
 
 
 def _version() -> str:
@@ -94,14 +125,21 @@ def _version() -> str:
     return version("textworld")
 
 
+def _int(value: Any) -> int:
+    """What `int` was to TextWorld 1.6: it converts an array of one number, which NumPy refuses since 2.4."""
+    return int(value.item() if hasattr(value, "item") else value)
+
+
 def _generate(kind: str, settings: Mapping[str, Any], seed: int, file: Path) -> None:
     with TEXTWORLD_LOCK:
         warnings.filterwarnings("ignore", module=r"(textworld|tatsu|jericho)")
         import textworld
         from textworld.challenges import CHALLENGES
+        from textworld.challenges.tw_cooking import cooking
         from textworld.generator import compile_game, make_game
         from textworld.generator.inform7 import CouldNotCompileGameError
 
+        cooking.int = _int
         options = textworld.GameOptions()
         options.seeds = seed
         options.path = str(file)

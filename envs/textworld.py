@@ -1,10 +1,11 @@
-"""Text adventures: games that TextWorld generates, and any Z-machine file by its path."""
+"""Text adventures: games that TextWorld generates, and any Z-machine or Glulx file by its path."""
 
 from __future__ import annotations
 
 import hashlib
 import re
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -12,7 +13,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from envs.base import Env, Observation, Split, Step, Task, World
 from envs.errors import BadTaskError, EnvFailedError, UsageError
-from envs.games import TEXTWORLD_LOCK, check_story, game_file
+from envs.games import TEXTWORLD_LOCK, check_story, game_file, glulx_interpreter
 from envs.options import Options, is_file
 
 SYSTEM = "You are playing a text adventure game. Reply with one command and nothing else."
@@ -46,7 +47,7 @@ class TextWorldOptions(Options):
 
     game: Literal["cooking", "coin_collector", "custom"] = "cooking"
     path: Path | None = None
-    """A `.z1`-`.z8` file: it is the world's one task, in split `test`."""
+    """A `.z1`-`.z8` or, with TextWorld before 1.7, `.ulx` file: it is the world's one task, in split `test`."""
     max_turns: int = Field(8, ge=1)
     """Commands per episode. `ood` games get four more."""
     list_commands: bool = True
@@ -162,7 +163,8 @@ class TextWorldEnv(Env):
         """Make the game where it is not cached, and start it.
 
         Raises:
-            BadTaskError: the game cannot be made, or its file is missing or not the one the task names.
+            BadTaskError: the game cannot be made, or its file is missing, not the one the task names or a `.ulx`
+                that the installed TextWorld cannot play.
             EnvFailedError: the game does not start.
         """
         file = self._file()
@@ -170,11 +172,17 @@ class TextWorldEnv(Env):
             import textworld
             from textworld.envs import TWInform7
 
+            program = _interpreter_of(file)
             generated = TWInform7.compatible(str(file))
             infos = textworld.EnvInfos(score=True, max_score=True, won=True, lost=True, admissible_commands=generated)
             self.close()
             try:
-                self._game = textworld.start(str(file), infos)
+                if program is None:
+                    self._game = textworld.start(str(file), infos)
+                else:
+                    from envs import glulx
+
+                    self._game = glulx.start(file, infos, program)
                 state = self._game.reset()
             except Exception as error:
                 raise EnvFailedError(f"{file} does not start: {error!r}") from error
@@ -376,11 +384,20 @@ class TextWorldWorld(World):
 def _check_path(path: Path) -> None:
     if not is_file(path):
         raise UsageError(f"env 'textworld', option path={str(path)!r}: no such file")
-    if path.suffix == ".ulx":
-        raise UsageError(
-            f"env 'textworld', option path={path.name!r}: TextWorld 1.7 plays no Glulx games; "
-            "compile the game to .z8 (tw-make --format z8)"
-        )
-    if not re.fullmatch(r"\.z[1-8]", path.suffix):
-        raise UsageError(f"env 'textworld', option path={path.name!r}: not a .z1 to .z8 game file")
+    if not re.fullmatch(r"\.(z[1-8]|ulx)", path.suffix):
+        raise UsageError(f"env 'textworld', option path={path.name!r}: not a .z1 to .z8 or .ulx game file")
+    _interpreter_of(path)
     check_story(path)
+
+
+def _interpreter_of(file: Path) -> Path | None:
+    """The program that a `.ulx` file needs; None for a Z-machine file, which TextWorld plays within this process."""
+    if file.suffix != ".ulx":
+        return None
+    program = glulx_interpreter()
+    if program is None:
+        raise BadTaskError(
+            f"env 'textworld', option path={file.name!r}: TextWorld {version('textworld')} plays no Glulx games; "
+            "compile the game to .z8 (tw-make --format z8), or use TextWorld 1.6.2 (Python 3.11 or 3.12)"
+        )
+    return program

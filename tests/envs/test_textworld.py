@@ -186,7 +186,7 @@ def test_bad_options_are_named(options, words):
         registry.world("textworld", options)
 
 
-@pytest.mark.parametrize(("name", "words"), [("game.ulx", "Glulx"), ("game.txt", "not a .z1 to .z8")])
+@pytest.mark.parametrize(("name", "words"), [("game.ulx", "Glulx"), ("game.txt", "not a .z1 to .z8 or .ulx")])
 def test_files_that_are_no_games(tmp_path, name, words):
     (tmp_path / name).write_bytes(b"Glul")
     with pytest.raises(UsageError, match=words):
