@@ -218,7 +218,7 @@ def _grad_logits(logp_CV: Tensor, g_CV: Tensor) -> Tensor:
     return torch.addcmul(g_CV, logp_CV.exp(), g_CV.sum(-1, keepdim=True), value=-1)
 
 
-def chunk_size(vocabulary: int, budget_bytes: int = 256 * 2**20) -> int:
+def chunk_size(vocabulary: int, budget_bytes: int = 128 * 2**20) -> int:
     """Positions a chunk so that about six float32 tensors of chunk x vocabulary fit the budget."""
     return max(1, budget_bytes // (6 * 4 * vocabulary))
 
@@ -240,7 +240,7 @@ def chunked_divergence(
         hidden_t_PD: the teacher's hidden states at the same positions; never a gradient. Its D may differ.
         weight_t_VD: the teacher's output head over the same vocabulary.
         divergence: one of this module's.
-        chunk: positions at a time; by default what fits 256 MiB.
+        chunk: positions at a time; by default what fits 128 MiB.
 
     Returns:
         d_P in nats, differentiable, and the detached `Overlap` of the same positions.
@@ -275,7 +275,7 @@ def chunked_cross_entropy(
         hidden_PD: the student's last hidden states at the positions that predict the targets.
         weight_VD: the student's output head; it gets a gradient if it asks for one.
         target_P: token ids.
-        chunk: positions at a time; by default what fits 256 MiB.
+        chunk: positions at a time; by default what fits 128 MiB.
 
     Returns:
         d_P in nats, differentiable, and the detached `Overlap` of the same positions.

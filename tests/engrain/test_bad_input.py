@@ -82,7 +82,7 @@ def here(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., Any
         (("eval", "math", "-o", "data={here}/array.jsonl"), 2, "row 1 is no object"),
         (("eval", "math", "-o", "data={here}/prose.jsonl"), 2, "line 1 is not JSON"),
         (("eval", "math", "-o", "data={here}/bad.parquet"), 2, "not a readable Parquet file"),
-        (("eval", "textworld", "-o", "path={here}/game.ulx"), 2, "plays no Glulx"),
+        (("eval", "textworld", "-o", "path={here}/game.ulx"), 2, "Glulx"),
         (("eval", "textworld", "-o", "path={here}/game.z8"), 2, "cut short"),
         (("eval", "textworld", "--seed", "1000"), 2, "seed=1000"),
         (("eval", "frozenlake", "-o", "holes=-1"), 2, "holes='-1'"),
