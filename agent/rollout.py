@@ -107,6 +107,7 @@ def play(
     progress: Callable[[RolloutStats], None] | None = None,
     stats: RolloutStats | None = None,
     skip: Collection[str] = (),
+    lockstep: bool = False,
 ) -> list[Episode]:
     """Play every task `samples` times; the episodes in the order of the tasks, samples of one task together.
 
@@ -128,6 +129,8 @@ def play(
         progress: called in this thread after every engine call and every episode.
         stats: filled in as the play goes on.
         skip: ids of episodes that are not to be played (again); they are missing in the result.
+        lockstep: before every engine call wait for all open envs, so that batches, and with them the rounding of the
+            model's arithmetic, do not depend on timing: the same bits again, at the pace of the slowest env.
 
     Raises:
         UsageError: a sampling parameter is out of range, or the model's chat template cannot be used.
@@ -159,6 +162,7 @@ def play(
         progress=progress or (lambda stats: None),
         stats=stats,
         workers=workers,
+        lockstep=lockstep,
     )
     return run.all(games)
 
@@ -180,6 +184,7 @@ class _Run:
     max_new: int | None
     batch: int
     workers: int
+    lockstep: bool
     make_env: MakeEnv
     on_episode: Callable[[Episode], None]
     progress: Callable[[RolloutStats], None]
@@ -218,6 +223,13 @@ class _Run:
 
     def _collect(self) -> None:
         """Take in what envs answered: wait for the first, then a moment for a fuller batch."""
+        if self.lockstep:
+            while self.stepping:
+                answer = self.answers.get()
+                self.stepping -= 1
+                self._take(answer)
+            self.ready = deque(sorted(self.ready, key=lambda entry: entry[0].order))
+            return
         low, high = _LINGER_BOUNDS
         deadline = None
         while self.stepping and len(self.ready) < self.batch:

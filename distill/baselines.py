@@ -116,6 +116,7 @@ class TeacherSource:
                 knowledge_id=self.knowledge_id,
                 seed=step_seed(self.seed, step, attempt),
                 on_episode=self.on_episode,
+                lockstep=True,  # a resumed run must see the very same samples
             )
 
 

@@ -156,6 +156,7 @@ class OnPolicySource:
             namespace=f"{self.namespace}/{step}",
             seed=step_seed(self.seed, step),
             on_episode=self.on_episode,
+            lockstep=True,  # a resumed run must see the very same samples
         )
         return Batch(
             tuple(make_sample(e, self.renderer, self.knowledge, self.max_context) for e in episodes if e.sampled),

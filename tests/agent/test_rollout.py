@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -344,3 +345,30 @@ def test_smollm2_plays_with_consistent_ids(smollm2: Path) -> None:
     engine = TransformersEngine(smollm2, name="smollm2-135m")
     for episode in run(tasks_of(3), engine, knowledge="Be brief."):
         assert_consistent(episode, engine.renderer, "Be brief.")
+
+
+def test_in_lockstep_batches_do_not_depend_on_timing(engine: QueueEngine) -> None:
+    tasks = tasks_of(7)
+
+    class Dawdling(Echo):
+        def step(self, text: str) -> Step:
+            time.sleep(random.random() / 50)
+            return super().step(text)
+
+    def batches() -> list[list[tuple[int, ...]]]:
+        seen: list[list[tuple[int, ...]]] = []
+        generate = engine.generate
+
+        def spy(prompts, sampling):
+            seen.append([tuple(prompt) for prompt in prompts])
+            return generate(prompts, sampling)
+
+        engine.generate = spy
+        try:
+            run(tasks, engine, seed=1, batch=3, workers=4, lockstep=True, make_env=Dawdling)
+        finally:
+            engine.generate = generate
+        return seen
+
+    first = batches()
+    assert all(batches() == first for _ in range(3))
