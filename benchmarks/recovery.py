@@ -27,7 +27,7 @@ from distill.config import DistillConfig
 from engrain.consolidate import consolidate
 from engrain.demo import MODEL, demo_config
 from engrain.gate import Rate, recovery, wilson
-from engrain.loop import RoundTasks
+from engrain.rounds import RoundTasks
 from envs.errors import EngrainError
 from memory.records import Knowledge
 from memory.render import render_knowledge

@@ -15,7 +15,7 @@ from distill.checkpoint import versions
 from engrain.config import ImproveConfig
 from engrain.evaluate import outcomes
 from engrain.gate import Rate, recovery, wilson
-from engrain.loop import RoundResult
+from engrain.rounds import RoundResult
 from memory.records import EvaluationRecord
 
 #: How an `OodResult` was measured, in the order of the report.

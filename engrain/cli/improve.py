@@ -60,8 +60,9 @@ def command(
     from engrain.config import ImproveConfig
     from engrain.console import ConsoleListener
     from engrain.demo import demo_config
-    from engrain.loop import Round, RoundTasks, open_round
+    from engrain.loop import Round
     from engrain.report import summary, table, write
+    from engrain.rounds import RoundTasks, open_round
     from engrain.settings import runs_dir
 
     if sum((env is not None, demo, config is not None)) != 1:

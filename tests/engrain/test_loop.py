@@ -18,8 +18,9 @@ from distill.config import DistillConfig, LoraSettings
 from distill.monitor import GuardConfig
 from engrain.config import EvaluationConfig, ExtractConfig, ImproveConfig, OodSpec, PlayConfig, WorldSpec
 from engrain.errors import RoundConflictError
-from engrain.loop import STAGES, Round, open_round
+from engrain.loop import STAGES, Round
 from engrain.report import summary, table, write
+from engrain.rounds import open_round
 from envs import registry
 from envs.base import Env, Observation, Split, Step, Task, World
 from memory.extract import Extractor
