@@ -47,6 +47,7 @@ def load(folder: str) -> tuple[Any, Any]:
 
 def trl_trainer(model: Any, tokenizer: Any, tokens: int, mode: str) -> tuple[Any, dict[str, Any], Any]:
     """TRL's trainer with fixed responses, its prepared batch, and its teacher prompts' ids."""
+    import torch
     from datasets import Dataset
     from peft import LoraConfig
     from trl.experimental.sdft import SDFTConfig, SDFTTrainer
@@ -63,6 +64,8 @@ def trl_trainer(model: Any, tokenizer: Any, tokens: int, mode: str) -> tuple[Any
         distillation_alpha=1.0,
         distillation_is_clip=None,
         teacher_prompt_template="{privileged_context}\n\n{prompt}",
+        use_cpu=not torch.cuda.is_available(),
+        bf16=False,  # the weights are in bfloat16 already, on both sides
         report_to=[],
         learning_rate=1e-5,
         save_strategy="no",

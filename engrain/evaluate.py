@@ -46,6 +46,7 @@ def play_stored(
         progress=progress,
         stats=stats,
         skip=known,
+        lockstep=True,  # the same command gives the same numbers
     )
     found = {episode.id: episode for episode in played}
     return [found.get(id_) or store.episode(id_) for id_ in ids]
