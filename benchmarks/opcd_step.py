@@ -219,10 +219,9 @@ def main() -> None:
     base = rows[0]["ours"]
     # one forward of the teacher's own tokens, one forward and one backward towards activations of the student's, and
     # for each response token the head twice forward and once backward
-    own = base["student_tokens"] + sum(1 for _ in range(BATCH)) * (RESPONSE + 24)
-    flops = 2 * limit["layer_parameters"] * (own + base["student_tokens"]) + 2 * limit["head_parameters"] * (
-        3 * BATCH * RESPONSE
-    )
+    read_by_teacher = BATCH * (RESPONSE + 24)
+    passes = read_by_teacher + 2 * base["student_tokens"]
+    flops = 2 * limit["layer_parameters"] * passes + 2 * limit["head_parameters"] * 3 * BATCH * RESPONSE
     targets = {2048: 6.0, 8192: 20.0}
     met = all(row["faster"] >= targets[row["knowledge_tokens"]] for row in rows if row["knowledge_tokens"] in targets)
     met = met and all(row["memory"] <= 0.5 for row in rows)
