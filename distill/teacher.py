@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -84,6 +85,16 @@ class PrefixCache:
         prompt shares all of itself with itself and takes what there is. The last token of a prompt is always left to
         be read, since its hidden state predicts the first sampled token.
         """
+        length, entry = self.find(prompts)
+        if not length:
+            return 0, None
+        cache = DynamicCache()
+        for layer, (keys, values) in enumerate(entry):
+            cache.update(keys[:, :, :length], values[:, :, :length], layer)
+        return length, cache
+
+    def find(self, prompts: Sequence[Sequence[int]]) -> tuple[int, list[tuple[Tensor, Tensor]]]:
+        """The same, as the entry itself (keys and values a layer), which may be longer than what is covered."""
         shared = _common_prefix(prompts)
         shared = shared[: min(len(prompt) for prompt in prompts) - 1]
         covered = {key: len(_common_prefix([key, shared])) for key in self._entries}
@@ -97,11 +108,8 @@ class PrefixCache:
             entry = self._entries[key]
             self._entries.move_to_end(key)
         else:
-            return 0, None
-        cache = DynamicCache()
-        for layer, (keys, values) in enumerate(entry):
-            cache.update(keys[:, :, :length], values[:, :, :length], layer)
-        return length, cache
+            return 0, []
+        return length, entry
 
     def _compute(self, prefix: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
         sample = Sample("prefix", (prefix[0],), (prefix[0],), tuple(prefix[1:]), (False,) * (len(prefix) - 1))
@@ -144,21 +152,30 @@ class FrozenTeacher:
     def prepare(self, prompts: Sequence[Sequence[int]]) -> None:
         """Cache what these prompts have in common, unless that is done already."""
         if self.cache is not None and len(prompts) > 1:
-            with teacher_weights(self.backbone.model):
-                self.cache.best(prompts)
+            with self._scoring():
+                self.cache.find(prompts)
 
     @torch.no_grad()
     def hidden(self, samples: Sequence[Sample]) -> Tensor:
         """Hidden states at the positions that predict sampled tokens, R x D."""
         prompts = [sample.teacher_prompt for sample in samples]
-        with teacher_weights(self.backbone.model):
-            was_training = self.backbone.model.training
-            self.backbone.model.eval()
+        with self._scoring():
             length, prefix = self.cache.best(prompts) if self.cache is not None else (0, None)
             packed = pack([p[length:] for p in prompts], samples, offset=length, device=self.backbone.device)
             hidden_TD = self.backbone.hidden(packed, prefix)
-            self.backbone.model.train(was_training)
         return hidden_TD[packed.predict_R]
+
+    @contextmanager
+    def _scoring(self) -> Iterator[None]:
+        """Teacher's weights, eval mode: no dropout, and a cache also where the student checkpoints its gradients."""
+        model = self.backbone.model
+        was_training = model.training
+        with teacher_weights(model):
+            model.eval()
+            try:
+                yield
+            finally:
+                model.train(was_training)
 
     def follow(self) -> None:
         """Stay as it is."""

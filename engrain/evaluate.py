@@ -30,10 +30,9 @@ def play_stored(
 ) -> list[Episode]:
     """Play the tasks whose episodes the store lacks, each stored as it ends; all of them, in the tasks' order."""
     ids = [episode_id(namespace, task) for task in tasks]
-    known = store.has_episodes(ids)
-    stats = RolloutStats(
-        total=len(known), episodes=len(known), successes=sum(store.episode(id_).success for id_ in known)
-    )
+    known = {id_: store.episode(id_) for id_ in store.has_episodes(ids)}
+    solved = sum(episode.success for episode in known.values())
+    stats = RolloutStats(total=len(known), episodes=len(known), successes=solved)
     played = play(
         tasks,
         engine,
@@ -48,8 +47,8 @@ def play_stored(
         skip=known,
         lockstep=True,  # the same command gives the same numbers
     )
-    found = {episode.id: episode for episode in played}
-    return [found.get(id_) or store.episode(id_) for id_ in ids]
+    found = known | {episode.id: episode for episode in played}
+    return [found[id_] for id_ in ids]
 
 
 def _keep(store: Store, episode: Episode, round_id: str | None, stage: str) -> None:

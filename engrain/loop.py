@@ -18,7 +18,6 @@ from agent.episode import Episode
 from agent.rollout import RolloutStats
 from distill.checkpoint import read_manifest
 from distill.monitor import StepMetrics
-from distill.trainer import FitResult
 from engrain.config import ImproveConfig
 from engrain.consolidate import consolidate
 from engrain.evaluate import failures, measure, outcomes, play_stored
@@ -75,13 +74,11 @@ class Round:
         self.folder, self.listener = folder, listener
         self.tasks = RoundTasks.draw(config)
         self.state: dict[str, Any] = dict(record.state)
+        self._started = time.monotonic() - float(self.state.get("seconds", 0.0))
         self.parent = self._parent()
-        self.fit: FitResult | None = None
 
     def run(self) -> RoundResult:
         """All six stages; ends early, and says why, where going on cannot pay."""
-        started = time.monotonic() - float(self.state.get("seconds", 0.0))
-        self._started = started
         episodes = self.play()
         self.extract(episodes)
         pool = self.curate()
@@ -177,7 +174,7 @@ class Round:
             self.listener.note(f"validation after {step} steps: {accuracy:.2f}")
             return accuracy
 
-        self.fit = consolidate(
+        fit = consolidate(
             self.engine,
             self.tasks.pool,
             knowledge,
@@ -188,9 +185,9 @@ class Round:
             validate=validate,
             on_episode=self._keep_training_episode,
         )
-        if self.fit.stopped:
-            self.listener.note(f"stopped early: {self.fit.stopped}")
-        chosen = self.fit.best or self.fit.last
+        if fit.stopped:
+            self.listener.note(f"stopped early: {fit.stopped}")
+        chosen = fit.best or fit.last
         if chosen is None:
             raise RuntimeError("training ended without a checkpoint")
         manifest = read_manifest(chosen)
@@ -206,15 +203,15 @@ class Round:
                 manifest=manifest.model_dump(mode="json"),
             )
         )
-        history = [metrics.model_dump() for metrics in self.fit.history]
+        history = [metrics.model_dump() for metrics in fit.history]
         self._done(
             "consolidate",
             {
                 "checkpoint": record.id,
-                "step": self.fit.best_step,
-                "validation": self.fit.validation,
+                "step": fit.best_step,
+                "validation": fit.validation,
                 "history": history,
-                "stopped": self.fit.stopped,
+                "stopped": fit.stopped,
             },
         )
         return record
@@ -324,8 +321,7 @@ class Round:
 
     def _done(self, key: str, value: Any) -> None:
         self.state[key] = value
-        if hasattr(self, "_started"):
-            self.state["seconds"] = time.monotonic() - self._started
+        self.state["seconds"] = time.monotonic() - self._started
         self.record = self.store.update_round(self.record.id, state=self.state)
 
     def _finish(self, status: RoundStatus, reason: str, **found: Any) -> RoundResult:

@@ -192,3 +192,20 @@ def test_micro_batches_keep_order_and_budget(sizes: list[int], budget: int) -> N
     groups = list(micro_batches(samples, budget))
     assert [s.episode_id for g in groups for s in g] == [s.episode_id for s in samples]
     assert all(len(g) == 1 or sum(s.tokens for s in g) <= budget for g in groups)
+
+
+def test_the_prefix_is_cached_also_while_the_student_trains_with_gradient_checkpointing() -> None:
+    torch.manual_seed(4)
+    student = add_lora(llama().eval(), LoraSettings(rank=4), seed=0)
+    samples = [sample(i, ids(999, 30), 4, 6) for i in range(3)]
+    plain = FrozenTeacher(Backbone(student), use_cache=False).hidden(samples)
+    student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    student.enable_input_require_grads()
+    student.train()
+    teacher = FrozenTeacher(Backbone(student))
+    student.train()
+    teacher.prepare([s.teacher_prompt for s in samples])
+    assert teacher.cache is not None
+    assert teacher.cache.bytes > 0
+    torch.testing.assert_close(teacher.hidden(samples), plain, rtol=1e-4, atol=1e-4)
+    assert student.training
