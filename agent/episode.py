@@ -7,6 +7,7 @@ The ids are one append-only sequence. `token_ids[:prompt_length]` is the first p
 from __future__ import annotations
 
 import hashlib
+import operator
 from datetime import datetime
 from enum import StrEnum
 from typing import Literal
@@ -52,6 +53,12 @@ class SamplingParams(BaseModel):
     top_k: int = Field(0, ge=0, description="0 keeps all")
     max_tokens: int = Field(256, ge=1)
     seed: int | None = None
+    admissible_only: bool = Field(
+        False, exclude_if=operator.not_, description="each reply is one of the actions that the env lists, if it does"
+    )
+    choices: tuple[str, ...] | None = Field(
+        None, exclude_if=operator.not_, description="this reply is one of these texts; rollouts fill it in"
+    )
 
 
 class Turn(BaseModel):
@@ -67,6 +74,7 @@ class Turn(BaseModel):
     reward: float = 0.0
     feedback: str = ""
     seconds: float = 0.0  # the env's own step time
+    choices: tuple[str, ...] | None = Field(None, exclude_if=operator.not_)  # what the reply was restricted to
 
 
 class Episode(BaseModel):

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from agent.episode import FinishReason, SamplingParams
+from envs.errors import EngrainError
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,7 @@ class Completion:
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]  # natural log of each sampled id under the untempered model distribution
     finish_reason: FinishReason
+    cached_tokens: int = 0  # leading prompt tokens whose keys and values existed already
 
 
 class Engine(Protocol):
@@ -43,9 +45,50 @@ class Engine(Protocol):
         ...
 
     def load(self, checkpoint: Path | None) -> None:
-        """Sample from this checkpoint folder (LoRA adapter or full weights) from now on; None is the base model."""
+        """Sample from this checkpoint folder (LoRA adapter or full weights) from now on; None is the base model.
+
+        Raises:
+            UsageError: the folder is no checkpoint of the model, or requests are under way.
+        """
         ...
 
     def close(self) -> None:
         """Free the model's memory."""
+        ...
+
+
+@runtime_checkable
+class StreamingEngine(Engine, Protocol):
+    """An engine that takes requests while others are under way, so that a scheduler can keep it full.
+
+    Not thread-safe: one thread submits and polls. `generate` works beside it and leaves submitted requests alone.
+    """
+
+    @property
+    def pending(self) -> int:
+        """Requests submitted whose results `poll` has not returned yet."""
+        ...
+
+    def submit(self, prompt: Sequence[int], sampling: SamplingParams) -> int:
+        """Take one more request without waiting for it; the number that `poll` will name it by.
+
+        Raises:
+            UsageError: the prompt plus its max_tokens exceeds max_context.
+        """
+        ...
+
+    def poll(self, timeout: float = 0.0) -> list[tuple[int, Completion | EngrainError]]:
+        """Work until a request is finished, or for about `timeout` seconds; everything finished by then.
+
+        An engine in this process does its work here, at least one token for every running request at each call; one
+        in another process works all the time and is only asked. [] where nothing has finished yet. A request that
+        failed by itself is returned with its error.
+
+        Raises:
+            EngrainError: the engine itself failed; no request will finish.
+        """
+        ...
+
+    def cancel(self, requests: Sequence[int]) -> None:
+        """Give requests up; `poll` does not return them any more. Finished and unknown ones are ignored."""
         ...

@@ -286,4 +286,4 @@ def _uniforms(sampling: SamplingParams) -> Tensor:
 
 
 def _completion(row: _Row) -> Completion:
-    return Completion(tuple(row.ids), tuple(row.logprobs), row.finish or FinishReason.LENGTH)
+    return Completion(tuple(row.ids), tuple(row.logprobs), row.finish or FinishReason.LENGTH, row.shared)
