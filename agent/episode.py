@@ -114,8 +114,13 @@ class Episode(BaseModel):
 
     @property
     def sampled(self) -> int:
-        """Number of sampled tokens."""
+        """Number of sampled tokens whose very ids are known: those that can be trained on."""
         return sum(self.loss_mask)
+
+    @property
+    def exact(self) -> bool:
+        """Whether all replies stand here as the ids that were sampled; if not, some were made from text."""
+        return all(all(self.loss_mask[turn.start : turn.end]) for turn in self.turns)
 
 
 def episode_id(namespace: str, task: Task, sample: int = 0) -> str:

@@ -21,5 +21,13 @@ class ModelLoadError(UsageError):
     """A model folder is broken or incomplete; the message names it and the fault."""
 
 
+class ServerRefusedError(UsageError):
+    """A server's URL, model name or key is wrong, or it cannot do what was asked of it; the message names the URL."""
+
+
+class ServerFailedError(EngrainError):
+    """A server did not answer, or with nonsense, for as long as was agreed to wait; the message names the URL."""
+
+
 class EngineFailedError(EngrainError):
     """The model produced no usable numbers (NaN logits); the message names the model."""

@@ -11,6 +11,7 @@ class Conversation:
     """One episode's messages, and its token ids with mask and log-probabilities, growing together.
 
     `ids[:prompt_length]` is the first prompt. `mask` is True exactly at sampled ids, `logprobs` is 0.0 elsewhere.
+    Ids of a reply that an engine knows as text only (`Completion.exact` is False) do not count as sampled.
     `messages` never hold the knowledge: it is only in the ids.
     """
 
@@ -28,7 +29,7 @@ class Conversation:
         text = self.renderer.decode(completion.token_ids)
         self.messages.append(Message(role="assistant", content=text))
         self.ids += completion.token_ids
-        self.mask += [True] * len(completion.token_ids)
+        self.mask += [completion.exact] * len(completion.token_ids)
         self.logprobs += completion.logprobs
         return text
 

@@ -79,6 +79,15 @@ class Renderer:
             )
         return ids[start + 1 :] if ended else ids[start:]
 
+    def reencode(self, text: str, ended: bool) -> list[int]:
+        """Ids that spell a reply of which only the text is known, closed by `end_of_turn` if it `ended` there.
+
+        They are not guaranteed to be the ids that were sampled: a text can be spelled in several ways, special tokens
+        and broken characters are lost in it, and no log-probabilities belong to them. So they can be read as
+        context, and must not be trained on (`Completion.exact`).
+        """
+        return self._encode(self.defuse(text)) + [self.end_of_turn] * ended
+
     def compose(self, messages: Sequence[Message], knowledge: str | None = None) -> tuple[Message, ...]:
         """The messages as the template gets them: knowledge first, special tokens in foreign text defused.
 

@@ -92,7 +92,7 @@ class PrefixSource:
         replies = self.engine.generate([prefix.student_prompt for prefix in prefixes], sampling)
         samples = []
         for prefix, reply in zip(prefixes, replies, strict=True):
-            if reply.token_ids:
+            if reply.token_ids and reply.exact:
                 mask = (True,) * len(reply.token_ids)
                 sample = Sample(prefix.id, prefix.student_prompt, prefix.teacher_prompt, reply.token_ids, mask)
                 check_pair(sample, self.renderer, self.max_context)

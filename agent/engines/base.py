@@ -19,6 +19,7 @@ class Completion:
     logprobs: tuple[float, ...]  # natural log of each sampled id under the untempered model distribution
     finish_reason: FinishReason
     cached_tokens: int = 0  # leading prompt tokens whose keys and values existed already
+    exact: bool = True  # False: the ids were made from text, without log-probabilities; they are not trained on
 
 
 class Engine(Protocol):

@@ -171,6 +171,7 @@ def _replay(episode: Episode) -> None:
         if turn.feedback or turn.reward:
             console.print(f"[dim]reward {turn.reward:g}[/dim] {_printable(turn.feedback)}", highlight=False)
     console.rule("[bold]end[/bold]", align="left")
+    known = "" if episode.exact else "; some replies came as text, without their ids, and are not trained on"
     _fields(
         [
             ("episode", episode.id),
@@ -182,7 +183,7 @@ def _replay(episode: Episode) -> None:
             ("model", episode.model),
             ("checkpoint", episode.checkpoint),
             ("knowledge", episode.knowledge),
-            ("tokens", f"{len(episode.token_ids)}, {episode.sampled} sampled"),
+            ("tokens", f"{len(episode.token_ids)}, {episode.sampled} sampled{known}"),
             ("time", f"{_time(episode.started_at)}, {episode.seconds:.1f} s"),
         ]
     )
