@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from agent.engines.base import Completion
 from agent.engines.cache import PastStore
+from agent.engines.folders import check_folder, identity, is_adapter
 from agent.engines.decode import Decoder, Limits
 from agent.engines.lora import merged
 from agent.episode import SamplingParams
@@ -133,12 +133,12 @@ class TransformersEngine:
                 "make an engine from the base model instead"
             )
         if checkpoint is not None:
-            _check_folder(checkpoint)
+            check_folder(checkpoint)
         self._unload()
         if checkpoint is None:
             return
         try:
-            if (checkpoint / "adapter_config.json").is_file():
+            if is_adapter(checkpoint):
                 self.network = PeftModel.from_pretrained(self._base, str(checkpoint)).eval()
                 if self._merge:
                     self._stack.enter_context(merged(self.network))
@@ -149,7 +149,7 @@ class TransformersEngine:
         except _BAD_FILES as error:
             self._unload()
             raise CheckpointError(f"checkpoint {checkpoint} does not fit {self.model}: {error}") from error
-        self.checkpoint = _identity(checkpoint)
+        self.checkpoint = identity(checkpoint)
 
     def close(self) -> None:
         """Free the model's memory. A model that was handed in is left as it was."""
@@ -228,27 +228,3 @@ def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     able = torch.cpu.get_capabilities()
     return torch.bfloat16 if able.get("avx512_bf16") or able.get("amx_bf16") else torch.float32
-
-
-def _identity(folder: Path) -> str:
-    """The id of a checkpoint: what training wrote in its manifest, else the folder's name."""
-    try:
-        return str(json.loads((folder / "manifest.json").read_text())["id"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return folder.name
-
-
-def _check_folder(folder: Path) -> None:
-    """Refuse a folder that is not a checkpoint, before anything is unloaded."""
-    if not folder.is_dir():
-        raise CheckpointError(f"checkpoint folder {folder} does not exist")
-    for config, weights in (("adapter_config.json", "adapter_model"), ("config.json", "model")):
-        if (folder / config).is_file():
-            if not any(folder.glob(f"{weights}*.safetensors")):
-                raise CheckpointError(f"{folder} has {config} but no {weights}.safetensors")
-            try:
-                json.loads((folder / config).read_text())
-            except ValueError as error:
-                raise CheckpointError(f"{folder / config} is not JSON: {error}") from error
-            return
-    raise CheckpointError(f"{folder} holds neither adapter_config.json (LoRA) nor config.json (full weights)")
