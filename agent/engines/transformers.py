@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from agent.engines.base import Completion
 from agent.engines.cache import PastStore
-from agent.engines.folders import check_folder, identity, is_adapter
 from agent.engines.decode import Decoder, Limits
+from agent.engines.folders import check_folder, identity, is_adapter
 from agent.engines.lora import merged
 from agent.episode import SamplingParams
 from agent.errors import CheckpointError, ContextLengthError, ModelLoadError
