@@ -177,9 +177,11 @@ class Database:
         if rows:
             connection.execute(self._insert(table, skip_existing=True), rows)
 
-    def _log(self, connection: sa.Connection, kind: str, subject: str, action: str, who: str, why: str) -> None:
+    def _log(
+        self, connection: sa.Connection, kind: str, subject: str, action: str, who: str, why: str, detail: Any = None
+    ) -> None:
         row = {"at": now(), "who": who, "kind": kind, "subject": subject, "action": action, "why": why}
-        connection.execute(sa.insert(EventRow), row)
+        connection.execute(sa.insert(EventRow), {**row, "detail": detail})
 
     def _migrate(self) -> None:
         """Run the migrations that this database lacks; several processes may open an empty one at once."""

@@ -32,21 +32,24 @@ _SUMMARY = [getattr(EpisodeRow, name) for name in EpisodeSummary.model_fields]
 class EpisodeTable(Database):
     """The part of the store that keeps episodes, their tasks and their turns."""
 
-    def add_episodes(self, episodes: Iterable[Episode], *, round_id: str | None = None, stage: str = "") -> int:
+    def add_episodes(
+        self, episodes: Iterable[Episode], *, round_id: str | None = None, stage: str = "", run_id: str | None = None
+    ) -> int:
         """Store episodes that are not there yet, 200 a transaction, and return how many were new.
 
+        `run_id` is the training run that they were played for.
         Log-probabilities are kept as float32. Task parameters must be JSON values.
 
         Raises:
             ConflictError: a task id already stands for another task.
             UnknownIdError: there is no such round.
         """
-        return sum(self._add_batch(batch, round_id, stage) for batch in chunks(episodes, _BATCH))
+        return sum(self._add_batch(batch, round_id, stage, run_id) for batch in chunks(episodes, _BATCH))
 
-    def _add_batch(self, batch: Sequence[Episode], round_id: str | None, stage: str) -> int:
+    def _add_batch(self, batch: Sequence[Episode], round_id: str | None, stage: str, run_id: str | None) -> int:
         unique = {episode.id: episode for episode in batch}
         texts: dict[str, str] = {}
-        rows = [_episode_row(episode, round_id, stage, texts) for episode in unique.values()]
+        rows = [{**_episode_row(episode, round_id, stage, texts), "run_id": run_id} for episode in unique.values()]
         turns = {id_: _turn_rows(episode, texts) for id_, episode in unique.items()}
         with self._write() as connection:
             if (
@@ -111,6 +114,7 @@ class EpisodeTable(Database):
         round_id: str | None = None,
         stage: str | None = None,
         success: bool | None = None,
+        run_id: str | None = None,
         newest_first: bool = False,
         limit: int | None = None,
         offset: int = 0,
@@ -121,7 +125,8 @@ class EpisodeTable(Database):
         """
         query = _listing(
             sa.select(*_SUMMARY), env=env, split=split, checkpoint=checkpoint, knowledge=knowledge,
-            round_id=round_id, stage=stage, success=success, newest_first=newest_first, limit=limit, offset=offset,
+            round_id=round_id, stage=stage, success=success, run_id=run_id, newest_first=newest_first, limit=limit,
+            offset=offset,
         )  # fmt: skip
         with self._read() as connection:
             return [EpisodeSummary(**row) for row in connection.execute(query).mappings()]
@@ -150,7 +155,7 @@ def _listing(
     query: sa.Select[Any], *, limit: int | None, offset: int, newest_first: bool = False, **filters: Any
 ) -> sa.Select[Any]:
     for name, value in filters.items():
-        if name not in ("env", "split", "checkpoint", "knowledge", "round_id", "stage", "success"):
+        if name not in ("env", "split", "checkpoint", "knowledge", "round_id", "stage", "success", "run_id"):
             raise TypeError(f"episodes have no filter {name!r}")
         column = getattr(EpisodeRow, name)
         if value == "" and name in ("checkpoint", "knowledge"):

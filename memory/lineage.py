@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -18,10 +18,11 @@ from memory.records import (
     Event,
     RoundRecord,
     RoundStatus,
+    RunRecord,
     new_id,
     now,
 )
-from memory.schema import CheckpointRow, EvaluationResultRow, EvaluationRow, EventRow, RoundRow
+from memory.schema import CheckpointRow, EvaluationResultRow, EvaluationRow, EventRow, RoundRow, RunRow
 
 _BATCH = 500
 
@@ -98,6 +99,57 @@ class LineageTable(Database):
         query = sa.select(RoundRow.__table__).where(*conditions).order_by(RoundRow.number)
         with self._read() as connection:
             return [RoundRecord(**row) for row in connection.execute(query).mappings()]
+
+    def add_run(self, run: RunRecord) -> RunRecord:
+        """Store a training run that begins; one that is stored already is left alone, and comes back as it is.
+
+        Raises:
+            UnknownIdError: its round is not stored.
+        """
+        with self._write() as connection:
+            insert = self._insert(RunRow, skip_existing=True).values(**run.model_dump()).returning(RunRow.id)
+            if connection.execute(insert).scalar() is not None:
+                self._log(connection, "run", run.id, "created", "engrain", run.method)
+        return self.run(run.id)
+
+    def finish_run(
+        self, id: str, status: RoundStatus | str, *, reason: str = "", metrics: Sequence[Mapping[str, Any]] = ()
+    ) -> RunRecord:
+        """Note how a training run ended and what it measured at each step.
+
+        Raises:
+            UnknownIdError: it is not stored.
+        """
+        values = {
+            "status": RoundStatus(status).value, "reason": reason, "metrics": [dict(m) for m in metrics],
+            "finished_at": now(),
+        }  # fmt: skip
+        with self._write() as connection:
+            if not connection.execute(sa.update(RunRow).where(RunRow.id == id).values(**values)).rowcount:
+                raise UnknownIdError(f"no run {id!r} in {self.url}")
+            self._log(connection, "run", id, str(values["status"]), "engrain", reason)
+        return self.run(id)
+
+    def run(self, id: str) -> RunRecord:
+        """One training run.
+
+        Raises:
+            UnknownIdError: it is not stored.
+        """
+        found = self._runs(RunRow.id == id)
+        if not found:
+            raise UnknownIdError(f"no run {id!r} in {self.url}")
+        return found[0]
+
+    def runs(self, *, round_id: str | None = None, knowledge: str | None = None) -> list[RunRecord]:
+        """Training runs, oldest first. A filter that is None lets all pass."""
+        given = ((RunRow.round_id, round_id), (RunRow.knowledge, knowledge))
+        return self._runs(*(column == value for column, value in given if value is not None))
+
+    def _runs(self, *conditions: sa.ColumnElement[bool]) -> list[RunRecord]:
+        query = sa.select(RunRow.__table__).where(*conditions).order_by(RunRow.created_at, RunRow.id)
+        with self._read() as connection:
+            return [RunRecord(**row) for row in connection.execute(query).mappings()]
 
     def add_checkpoint(self, checkpoint: CheckpointRecord) -> CheckpointRecord:
         """Store a checkpoint; the same one again is left alone.
@@ -229,10 +281,32 @@ class LineageTable(Database):
                     results[row["evaluation_id"]].append(result)
         return [EvaluationRecord(**row, results=tuple(results[row["id"]])) for row in rows]
 
-    def events(self, *, subject: str | None = None, limit: int | None = None) -> list[Event]:
+    def events(
+        self,
+        *,
+        subject: str | None = None,
+        kind: str | None = None,
+        action: str | None = None,
+        limit: int | None = None,
+    ) -> list[Event]:
         """What was changed by whom and why, oldest first; with a limit the latest ones."""
         query = sa.select(EventRow.__table__).order_by(EventRow.id.desc()).limit(limit)
-        if subject is not None:
-            query = query.where(EventRow.subject == subject)
+        for column, value in ((EventRow.subject, subject), (EventRow.kind, kind), (EventRow.action, action)):
+            if value is not None:
+                query = query.where(column == value)
         with self._read() as connection:
             return [Event(**row) for row in connection.execute(query).mappings()][::-1]
+
+    def note(self, kind: str, subject: str, action: str, who: str, why: str, detail: Any = None) -> None:
+        """Append an event: something happened to `subject` (an id) that no row of its own tells.
+
+        Args:
+            kind: what the subject is, such as `item` or `extraction`.
+            subject: its id.
+            action: what was done, in one word.
+            who: a person's name, or `engrain`.
+            why: the reason, in words.
+            detail: further JSON values.
+        """
+        with self._write() as connection:
+            self._log(connection, kind, subject, action, who, why, detail)

@@ -37,8 +37,10 @@ class ItemStatus(StrEnum):
     """Whether an item may enter knowledge."""
 
     ACTIVE = "active"
-    QUARANTINED = "quarantined"  # waits for a person
-    RETIRED = "retired"
+    QUARANTINED = "quarantined"  # waits for evidence or for a person
+    RETIRED = "retired"  # taken out by hand, or another item says it
+    ABSORBED = "absorbed"  # the weights know it: having it in the context changes nothing any more
+    HARMFUL = "harmful"  # having it in the context costs accuracy
 
 
 class CheckpointStatus(StrEnum):
@@ -71,6 +73,7 @@ class EpisodeSummary(Record):
     model: str
     checkpoint: str | None
     knowledge: str | None
+    run_id: str | None
     success: bool
     score: float
     reward: float
@@ -85,10 +88,11 @@ class EpisodeSummary(Record):
 
 
 class Extraction(Record):
-    """What one model wrote about one episode, and what the parser made of it."""
+    """What one model wrote about one episode, or about several, and what the parser made of it."""
 
     id: str
     episode_id: str
+    others: tuple[str, ...] = ()  # ids of the further episodes that it read
     model: str
     checkpoint: str | None
     mode: str
@@ -109,14 +113,60 @@ class ItemSource(Record):
     created_at: datetime
 
 
+class ItemFlag(Record):
+    """A mark on an item, such as `instance-bound` or `contradicts`; `other` is the item it contradicts, "" for none."""
+
+    flag: str
+    other: str = ""
+    note: str = ""
+    who: str = "engrain"
+    at: datetime = Field(default_factory=now)
+
+
+def _effect_id(fields: dict[str, Any]) -> str:
+    """Within a round the same measurement has the same id, so that a stage played again writes the same row."""
+    if fields.get("round_id") is None:
+        return new_id()
+    keys = ("round_id", "item_id", "method", "env", "split", "checkpoint", "knowledge")
+    return digest("effect", *(fields.get(key) for key in keys))
+
+
+class ItemEffect(Record):
+    """What an item in the context does to accuracy: a difference in [-1, 1] with its 95% interval `low..high`.
+
+    `n` is the number of tasks or pairs behind it; `knowledge` the text that it was measured within; `checkpoint` the
+    weights that played, None for the base model.
+    """
+
+    item_id: str
+    method: str  # "leave-one-out" or "randomised"
+    env: str
+    split: str
+    effect: float
+    low: float
+    high: float
+    n: int
+    round_id: str | None = None
+    checkpoint: str | None = None
+    knowledge: str | None = None
+    created_at: datetime = Field(default_factory=now)
+    id: str = Field(default_factory=_effect_id)
+
+
 class Item(Record):
-    """One line of experience and where it came from, oldest source first."""
+    """One line of experience and where it came from, oldest source first. The effect is the one measured last."""
 
     id: str
     text: str
     status: ItemStatus = ItemStatus.ACTIVE
     round_id: str | None = None
     created_at: datetime = Field(default_factory=now)
+    derived_from: str | None = None  # the item that this one is a new wording of
+    effect: float | None = None
+    effect_low: float | None = None
+    effect_high: float | None = None
+    effect_n: int | None = None
+    flags: tuple[ItemFlag, ...] = ()
     sources: tuple[ItemSource, ...] = ()
 
     @property
@@ -128,6 +178,24 @@ class Item(Record):
     def last_seen(self) -> datetime:
         """When it was last learned anew."""
         return max((source.created_at for source in self.sources if not source.recalled), default=self.created_at)
+
+
+class ItemSummary(Record):
+    """An item without its sources, for listings: how many episodes taught it, and when it was last learned."""
+
+    id: str
+    text: str
+    status: ItemStatus
+    round_id: str | None
+    created_at: datetime
+    derived_from: str | None
+    support: int
+    last_seen: datetime | None
+    effect: float | None
+    effect_low: float | None
+    effect_high: float | None
+    effect_n: int | None
+    flags: tuple[str, ...] = ()
 
 
 class KnowledgeItem(Record):
@@ -155,6 +223,25 @@ class Knowledge(Record):
     created_at: datetime | None = None
 
 
+class RunRecord(Record):
+    """One training. `metrics` is what the trainer noted at each step; `reason` says why it ended early, or failed."""
+
+    id: str
+    round_id: str | None = None
+    method: str
+    model: str
+    parent: str | None = None  # the checkpoint that it went on from; None is the base model
+    knowledge: str | None = None
+    folder: str
+    seed: int
+    config: Mapping[str, Any]
+    status: str = RoundStatus.RUNNING.value
+    reason: str = ""
+    metrics: tuple[Mapping[str, Any], ...] = ()
+    created_at: datetime = Field(default_factory=now)
+    finished_at: datetime | None = None
+
+
 class CheckpointRecord(Record):
     """Weights on disk. `manifest` is what training wrote beside them."""
 
@@ -165,6 +252,7 @@ class CheckpointRecord(Record):
     parent: str | None = None
     knowledge: str | None = None
     round_id: str | None = None
+    run_id: str | None = None
     status: CheckpointStatus = CheckpointStatus.CANDIDATE
     manifest: Mapping[str, Any] = Field(default_factory=dict)
     created_at: datetime = Field(default_factory=now)
@@ -224,7 +312,7 @@ class RoundRecord(Record):
 
 
 class Event(Record):
-    """Who changed what, when and why."""
+    """Who changed what, when and why; `detail` holds what else is worth keeping, such as the value before."""
 
     id: int
     at: datetime
@@ -233,3 +321,4 @@ class Event(Record):
     subject: str
     action: str
     why: str
+    detail: Any = None

@@ -1,8 +1,9 @@
-"""The tables. Lineage runs task -> episode -> extraction -> item -> knowledge -> checkpoint -> evaluation.
+"""The tables. Lineage runs task -> episode -> extraction -> item -> knowledge -> run -> checkpoint -> evaluation.
 
 Ids are text chosen by the writer (digests), so that writing twice is writing once. Long texts are content-addressed
 in `texts`: a prompt that a thousand episodes share is one row. `episodes.checkpoint` and `.knowledge` carry no
-foreign key, because an agent may be played with weights that this store never saw trained.
+foreign key, because an agent may be played with weights that this store never saw trained; `turns` carries none to
+`texts`, because the database would read all turns for every text that is deleted. `Store.verify` checks these.
 Any change here needs a new file in `migrations/versions`; a test compares the two.
 """
 
@@ -80,9 +81,10 @@ class EpisodeRow(Base):
     env: Mapped[str] = mapped_column(String(128))
     split: Mapped[str] = mapped_column(String(32))
     round_id: Mapped[str | None] = _key("rounds.id")
+    run_id: Mapped[str | None] = _key()  # the training run that it was played for
     stage: Mapped[str] = mapped_column(String(64))
     model: Mapped[str]
-    checkpoint: Mapped[str | None] = _key(index=True)
+    checkpoint: Mapped[str | None] = _key()
     knowledge: Mapped[str | None] = _key(index=True)
     success: Mapped[bool]
     score: Mapped[float]
@@ -94,7 +96,7 @@ class EpisodeRow(Base):
     tokens: Mapped[int]
     sampled: Mapped[int]
     prompt_length: Mapped[int]
-    started_at: Mapped[datetime] = mapped_column(index=True)
+    started_at: Mapped[datetime]
     seconds: Mapped[float]
     added_at: Mapped[datetime]
     sampling: Mapped[Any]
@@ -103,9 +105,14 @@ class EpisodeRow(Base):
     token_ids: Mapped[bytes]
     loss_mask: Mapped[bytes]
     logprobs: Mapped[bytes]
+    # Listings go newest first, so each filter's index holds the time; the tally answers counts without the rows.
     __table_args__ = (
-        Index("ix_episodes_round_id_stage", "round_id", "stage"),
-        Index("ix_episodes_env_split", "env", "split"),
+        Index("ix_episodes_started_at", "started_at", "id"),
+        Index("ix_episodes_env", "env", "started_at", "id", "split", "success"),
+        Index("ix_episodes_checkpoint", "checkpoint", "started_at", "id"),
+        Index("ix_episodes_round_id", "round_id", "started_at", "id", "stage", "success"),
+        Index("ix_episodes_run_id", "run_id"),
+        Index("ix_episodes_tally", "env", "split", "success", "turns", "tokens", "sampled"),
     )
 
 
@@ -115,18 +122,19 @@ class TurnRow(Base):
     __tablename__ = "turns"
     episode_id: Mapped[str] = _key("episodes.id", primary_key=True)
     number: Mapped[int] = mapped_column(primary_key=True)
-    observation: Mapped[str] = mapped_column(String(32), ForeignKey("texts.digest"))
-    action: Mapped[str] = mapped_column(String(32), ForeignKey("texts.digest"))
-    feedback: Mapped[str] = mapped_column(String(32), ForeignKey("texts.digest"))
+    observation: Mapped[str] = mapped_column(String(32))
+    action: Mapped[str] = mapped_column(String(32))
+    feedback: Mapped[str] = mapped_column(String(32))
     start: Mapped[int]
     end: Mapped[int]
     finish_reason: Mapped[str] = mapped_column(String(32))
     reward: Mapped[float]
     seconds: Mapped[float]
+    __table_args__ = ({"sqlite_with_rowid": False},)  # one B-tree instead of two
 
 
 class ExtractionRow(Base):
-    """What a model wrote when it looked back at one episode."""
+    """What a model wrote when it looked back at one episode, or at several: `episode_id` is the first."""
 
     __tablename__ = "extractions"
     id: Mapped[str] = _key(primary_key=True)
@@ -143,14 +151,69 @@ class ExtractionRow(Base):
     created_at: Mapped[datetime]
 
 
+class ExtractionEpisodeRow(Base):
+    """A further episode that an extraction read."""
+
+    __tablename__ = "extraction_episodes"
+    extraction_id: Mapped[str] = _key("extractions.id", primary_key=True)
+    position: Mapped[int] = mapped_column(primary_key=True)
+    episode_id: Mapped[str] = _key("episodes.id", index=True)
+
+
 class ItemRow(Base):
-    """One line of experience, under the digest of its normalised text."""
+    """One line of experience, under the digest of its normalised text.
+
+    `support` and `last_seen` follow from its sources, the effect from its latest measurement: kept here to sort by.
+    """
 
     __tablename__ = "items"
     id: Mapped[str] = _key(primary_key=True)
     text: Mapped[str]
-    status: Mapped[str] = mapped_column(String(32), index=True)
+    status: Mapped[str] = mapped_column(String(32))
     round_id: Mapped[str | None] = _key("rounds.id")
+    created_at: Mapped[datetime]
+    derived_from: Mapped[str | None] = _key(index=True)  # the item that this one is a new wording of
+    support: Mapped[int] = mapped_column(server_default="0")
+    last_seen: Mapped[datetime | None]
+    effect: Mapped[float | None]
+    effect_low: Mapped[float | None]
+    effect_high: Mapped[float | None]
+    effect_n: Mapped[int | None]
+    __table_args__ = (
+        Index("ix_items_support", "support", "last_seen", "id"),
+        Index("ix_items_status", "status", "support", "last_seen", "id"),
+        Index("ix_items_effect", "effect"),
+    )
+
+
+class ItemFlagRow(Base):
+    """A mark on an item. `other` is a second item that it is about, "" for none."""
+
+    __tablename__ = "item_flags"
+    item_id: Mapped[str] = _key("items.id", primary_key=True)
+    flag: Mapped[str] = mapped_column(String(64), primary_key=True)
+    other: Mapped[str] = _key(primary_key=True)
+    note: Mapped[str]
+    who: Mapped[str]
+    at: Mapped[datetime]
+
+
+class ItemEffectRow(Base):
+    """What having an item in the context did to accuracy, with its 95% interval; `n` tasks or pairs were played."""
+
+    __tablename__ = "item_effects"
+    id: Mapped[str] = _key(primary_key=True)
+    item_id: Mapped[str] = _key("items.id", index=True)
+    round_id: Mapped[str | None] = _key("rounds.id", index=True)
+    method: Mapped[str] = mapped_column(String(32))
+    env: Mapped[str] = mapped_column(String(128))
+    split: Mapped[str] = mapped_column(String(32))
+    checkpoint: Mapped[str | None] = _key()
+    knowledge: Mapped[str | None] = _key()
+    effect: Mapped[float]
+    low: Mapped[float]
+    high: Mapped[float]
+    n: Mapped[int]
     created_at: Mapped[datetime]
 
 
@@ -191,6 +254,26 @@ class KnowledgeItemRow(Base):
     text: Mapped[str]
 
 
+class RunRow(Base):
+    """One training: knowledge and a parent go in, checkpoints come out. `metrics` is what the trainer noted a step."""
+
+    __tablename__ = "runs"
+    id: Mapped[str] = _key(primary_key=True)
+    round_id: Mapped[str | None] = _key("rounds.id", index=True)
+    method: Mapped[str] = mapped_column(String(32))
+    model: Mapped[str]
+    parent: Mapped[str | None] = _key()
+    knowledge: Mapped[str | None] = _key(index=True)
+    folder: Mapped[str]
+    seed: Mapped[int] = mapped_column(WideInteger)
+    config: Mapped[Any]
+    status: Mapped[str] = mapped_column(String(32))
+    reason: Mapped[str]
+    metrics: Mapped[Any]
+    created_at: Mapped[datetime]
+    finished_at: Mapped[datetime | None]
+
+
 class CheckpointRow(Base):
     """Weights on disk and what they were made from."""
 
@@ -202,6 +285,7 @@ class CheckpointRow(Base):
     parent: Mapped[str | None] = _key()
     knowledge: Mapped[str | None] = _key(index=True)
     round_id: Mapped[str | None] = _key("rounds.id", index=True)
+    run_id: Mapped[str | None] = _key(index=True)
     status: Mapped[str] = mapped_column(String(32), index=True)
     manifest: Mapped[Any]
     created_at: Mapped[datetime]
@@ -241,7 +325,7 @@ class EvaluationResultRow(Base):
 
 
 class EventRow(Base):
-    """Who changed what, when and why. Only ever appended to."""
+    """Who changed what, when and why. Only ever appended to; `detail` says what it was before, where that helps."""
 
     __tablename__ = "events"
     id: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
@@ -251,3 +335,4 @@ class EventRow(Base):
     subject: Mapped[str] = _key(index=True)
     action: Mapped[str] = mapped_column(String(64))
     why: Mapped[str]
+    detail: Mapped[Any | None]

@@ -10,9 +10,9 @@ from memory.episodes import EpisodeTable
 from memory.errors import UnknownIdError
 from memory.experience import ExperienceTable
 from memory.lineage import LineageTable
-from memory.schema import CheckpointRow, EpisodeRow, ItemRow, KnowledgeRow, RoundRow
+from memory.schema import CheckpointRow, EpisodeRow, ItemRow, KnowledgeRow, RoundRow, RunRow
 
-Kind = Literal["episode", "item", "knowledge", "checkpoint", "round"]
+Kind = Literal["episode", "item", "knowledge", "checkpoint", "round", "run"]
 
 _TABLES: dict[str, Any] = {
     "episode": EpisodeRow,
@@ -20,6 +20,7 @@ _TABLES: dict[str, Any] = {
     "knowledge": KnowledgeRow,
     "checkpoint": CheckpointRow,
     "round": RoundRow,
+    "run": RunRow,
 }
 
 
