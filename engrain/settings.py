@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import Field, field_validator
+from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from envs.home import engrain_home
@@ -23,6 +23,15 @@ class Settings(BaseSettings):
 
     debug: bool = False
     """Show tracebacks instead of one-line errors."""
+
+    api_key: SecretStr = SecretStr("")
+    """Sent to inference servers as a bearer token. Only read from the environment; never stored or logged."""
+
+    server_patience: float = Field(300.0, ge=0, allow_inf_nan=False)
+    """Seconds that a request to an inference server is tried again, for instance while the server starts anew."""
+
+    server_timeout: float = Field(600.0, gt=0, allow_inf_nan=False)
+    """Seconds that an inference server may take for one completion."""
 
     @field_validator("home")
     @classmethod

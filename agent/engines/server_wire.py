@@ -1,0 +1,220 @@
+"""What goes over the wire to an OpenAI-compatible server: a completion request, and what the answer means.
+
+Nothing here does any input or output. vLLM takes token ids and gives back those it sampled with their
+log-probabilities; other servers understand less, and `Dialect` says how much.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+from agent.engines.base import Completion
+from agent.episode import FinishReason, SamplingParams
+from agent.errors import ServerRefusedError
+from agent.renderer import Renderer
+
+#: Text in which different vocabularies differ: scripts, digits, white space, code.
+PROBE = "Ünlü 東京 12345 counted\n\n\tdef f(x): return x ** 2  # déjà vu"
+
+_TOKEN_ID = "token_id:"  # noqa: S105 - how vLLM spells an id where a token's text is expected
+
+
+class BadAnswerError(Exception):
+    """An answer that cannot be what was asked for: not JSON, no choice, ids that do not fit."""
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """How much of the request a server was found to understand."""
+
+    takes_ids: bool  # a prompt may be token ids; else it is text with the special tokens spelled out
+    extensions: bool  # vLLM's own fields are accepted
+    returns_ids: bool = False
+
+    @property
+    def exact(self) -> bool:
+        """Whether the ids that are sent and received are the ids that the model read and sampled."""
+        return self.takes_ids and self.returns_ids
+
+
+#: What is tried on a new server, the best first.
+DIALECTS = tuple(Dialect(takes_ids, extensions) for takes_ids in (True, False) for extensions in (True, False))
+
+
+def check_url(url: str) -> str:
+    """The base URL without a trailing slash.
+
+    Raises:
+        ServerRefusedError: it is no http(s) URL, or carries a password, which would end up in logs.
+    """
+    try:
+        parts = urlsplit(url.strip())
+        good = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+    except ValueError:
+        parts, good = urlsplit(""), False
+    if parts.username or parts.password:
+        raise ServerRefusedError(
+            f"the server URL at {parts.hostname} carries a user or password; put a key in ENGRAIN_API_KEY instead"
+        )
+    if not good or parts.query or parts.fragment or any(c.isspace() for c in url.strip()):
+        raise ServerRefusedError(f"{url!r} is no server URL; write for instance http://127.0.0.1:8000/v1")
+    return url.strip().rstrip("/")
+
+
+def request_body(
+    model: str, prompt: Sequence[int], sampling: SamplingParams, dialect: Dialect, renderer: Renderer
+) -> dict[str, Any]:
+    """The JSON of one request to `/completions`.
+
+    Every sampling parameter is named, because servers fill in what is missing from the model's own defaults.
+
+    Raises:
+        ServerRefusedError: the server has no way to say one of the parameters.
+    """
+    body: dict[str, Any] = {
+        "model": model,
+        "prompt": list(prompt) if dialect.takes_ids else spelled(prompt, renderer),
+        "max_tokens": sampling.max_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+    }
+    if sampling.seed is not None:
+        body["seed"] = sampling.seed
+    if dialect.extensions:
+        body |= {
+            "top_k": sampling.top_k,
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
+            "stop_token_ids": sorted(renderer.stop_ids),
+            "add_special_tokens": False,
+            "logprobs": 0,
+            "return_token_ids": True,
+            "return_tokens_as_token_ids": True,
+        }
+        if sampling.choices:
+            body["structured_outputs"] = {"choice": list(sampling.choices)}
+    elif sampling.top_k or sampling.choices:
+        what = "top_k" if sampling.top_k else "replies restricted to admissible actions"
+        raise ServerRefusedError(f"the server of {model} does not know {what}; leave that out, or serve with vLLM")
+    if not dialect.exact:
+        body["stop"] = [renderer.tokenizer.decode([renderer.end_of_turn])]
+    return body
+
+
+def read_completion(
+    answer: object, prompt: Sequence[int], sampling: SamplingParams, dialect: Dialect, renderer: Renderer
+) -> Completion:
+    """What the server sampled.
+
+    From a server that gives ids these are taken as they are, and checked: they must be as many as the
+    log-probabilities, in the vocabulary, and sampled after this very prompt. From any other one the text is
+    encoded, and `Completion.exact` is False.
+
+    Raises:
+        BadAnswerError: the answer has not the form, or the ids do not fit.
+    """
+    choice = the_choice(answer)
+    finish = _finish(choice)
+    cached = _cached(answer)
+    if not dialect.exact:
+        text = choice.get("text")
+        if not isinstance(text, str):
+            raise BadAnswerError("the answer has no text")
+        ids = renderer.reencode(text, finish is FinishReason.STOP)[: sampling.max_tokens]
+        return Completion(tuple(ids), (0.0,) * len(ids), finish, cached, exact=False)
+    found = sampled_ids(choice)
+    if found is None:
+        raise BadAnswerError("the answer has no token ids")
+    echoed = choice.get("prompt_token_ids")
+    if echoed is not None and echoed != list(prompt):
+        raise BadAnswerError("the answer belongs to other prompt ids than those that were sent")
+    logprobs = (choice.get("logprobs") or {}).get("token_logprobs")
+    if not isinstance(logprobs, list) or not all(isinstance(p, int | float) for p in logprobs):
+        raise BadAnswerError("the answer has no log-probabilities")
+    if not 0 < len(found) <= sampling.max_tokens or len(found) != len(logprobs):
+        raise BadAnswerError(
+            f"the answer has {len(found)} token ids and {len(logprobs)} log-probabilities for at most "
+            f"{sampling.max_tokens} tokens"
+        )
+    return Completion(tuple(found), tuple(map(float, logprobs)), finish, cached)
+
+
+def sampled_ids(choice: Mapping[str, Any]) -> list[int] | None:
+    """The ids of one choice, from either of the places where vLLM writes them; None where there are none.
+
+    Raises:
+        BadAnswerError: they are no ids.
+    """
+    found = choice.get("token_ids")
+    if found is None:
+        tokens = (choice.get("logprobs") or {}).get("tokens")
+        if not tokens or not all(isinstance(t, str) and t.startswith(_TOKEN_ID) for t in tokens):
+            return None
+        found = [int(t.removeprefix(_TOKEN_ID)) for t in tokens if t.removeprefix(_TOKEN_ID).isdecimal()]
+    if not isinstance(found, list) or not all(type(i) is int and i >= 0 for i in found):
+        raise BadAnswerError("the answer's token ids are not numbers")
+    return found
+
+
+def spelled(prompt: Sequence[int], renderer: Renderer) -> str:
+    """A prompt as text, special tokens included, for servers that take no ids."""
+    return str(renderer.tokenizer.decode(list(prompt), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def top_logprob(answer: object) -> float | None:
+    """The largest log-probability reported for the first sampled token; None where none is."""
+    top = (the_choice(answer).get("logprobs") or {}).get("top_logprobs")
+    if not isinstance(top, list) or not top or not isinstance(top[0], dict):
+        return None
+    values = [v for v in top[0].values() if isinstance(v, int | float)]
+    return max(values, default=None)
+
+
+def prompt_ids(answer: object) -> list[int] | None:
+    """The prompt's ids as the server says it read them; None if it does not say."""
+    found = the_choice(answer).get("prompt_token_ids")
+    return found if isinstance(found, list) else None
+
+
+def error_text(content: bytes, limit: int = 300) -> str:
+    """What a server says went wrong, in one line, from the several shapes that servers give it."""
+    try:
+        said: Any = json.loads(content)
+    except ValueError:
+        said = content.decode(errors="replace")
+    while isinstance(said, dict):
+        said = next((said[k] for k in ("error", "message", "detail") if k in said), str(said))
+    line = " ".join(str(said).split())
+    return line if len(line) <= limit else f"{line[:limit]} …"
+
+
+def the_choice(answer: object) -> dict[str, Any]:
+    """The one completion in an answer.
+
+    Raises:
+        BadAnswerError: there is none, or several.
+    """
+    choices = answer.get("choices") if isinstance(answer, dict) else None
+    if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
+        raise BadAnswerError("the answer is not one completion")
+    return choices[0]
+
+
+def _finish(choice: Mapping[str, Any]) -> FinishReason:
+    try:
+        return FinishReason(str(choice.get("finish_reason")))
+    except ValueError:
+        raise BadAnswerError(f"the reply was broken off: finish_reason {choice.get('finish_reason')!r}") from None
+
+
+def _cached(answer: object) -> int:
+    usage = answer.get("usage") if isinstance(answer, dict) else None
+    details = usage.get("prompt_tokens_details") if isinstance(usage, dict) else None
+    found = details.get("cached_tokens") if isinstance(details, dict) else None
+    return found if isinstance(found, int) else 0
