@@ -116,6 +116,9 @@ class World(ABC):
 
     #: Registry name, equal to `Task.env`.
     name: ClassVar[str]
+    #: Whether rollouts play its episodes in worker processes, so that one that crashes or hangs costs itself only.
+    #: False suits worlds that can do neither. The worker imports this class by its registered name.
+    isolated: ClassVar[bool] = True
 
     @classmethod
     @abstractmethod

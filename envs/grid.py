@@ -271,6 +271,7 @@ class FrozenLakeWorld(GridWorld):
     """Boards of `FrozenLakeOptions`; `ood` boards have one more row, column and hole, and two more turns."""
 
     name: ClassVar[str] = "frozenlake"
+    isolated: ClassVar[bool] = False
     env = FrozenLakeEnv
     more = "`size` or `random_corners`"
 
@@ -312,6 +313,7 @@ class SokobanWorld(GridWorld):
     """Rooms of `SokobanOptions`; `ood` rooms have one more row and column, and two more turns."""
 
     name: ClassVar[str] = "sokoban"
+    isolated: ClassVar[bool] = False
     env = SokobanEnv
 
     def __init__(self, options: SokobanOptions) -> None:

@@ -118,6 +118,7 @@ class MathWorld(World):
     """Questions from reasoning-gym's generators or from a file; see `MathOptions`."""
 
     name: ClassVar[str] = "math"
+    isolated: ClassVar[bool] = False
 
     def __init__(self, options: MathOptions) -> None:
         self.options = options

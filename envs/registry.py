@@ -67,3 +67,12 @@ def make(task: Task) -> Env:
         BadTaskError: its parameters do not describe an episode.
     """
     return _world_class(task.env).make(task)
+
+
+def isolated(task: Task) -> bool:
+    """Whether rollouts are to play this task in a worker process, as its world says.
+
+    Raises:
+        UnknownEnvError: the task's env is not registered here.
+    """
+    return _world_class(task.env).isolated
