@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -93,3 +94,13 @@ class StreamingEngine(Engine, Protocol):
     def cancel(self, requests: Sequence[int]) -> None:
         """Give requests up; `poll` does not return them any more. Finished and unknown ones are ignored."""
         ...
+
+
+def steady(engine: Engine) -> AbstractContextManager[None]:
+    """A time in which nobody changes the engine's weights or adapters, so that what follows from them is made once.
+
+    Engines that gain from it have a method of this name, and are not to be trained meanwhile; for others it is nothing.
+    """
+    enter = getattr(engine, "steady", nullcontext)
+    context: AbstractContextManager[None] = enter()
+    return context

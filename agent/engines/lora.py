@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
+from torch import Tensor
+
+_BLOCK = 2**20  # weights made at a time: their float32 copy stays small, and in the processor's caches
 
 
 def can_merge(model: Any) -> bool:
@@ -47,19 +50,15 @@ def merged(model: Any) -> Iterator[None]:
     if not can_merge(model):
         yield
         return
-    originals: list[tuple[Any, torch.Tensor]] = []
+    originals: list[tuple[Any, Tensor]] = []
     try:
         with torch.no_grad():
             for layer in _lora_layers(model):
                 names = [name for name in layer.active_adapters if name in layer.lora_A]
                 weight = _weight(layer)
-                original = weight.data
-                total = layer.get_delta_weight(names[0]).float()  # a fresh tensor: added to in place
-                for name in names[1:]:
-                    total += layer.get_delta_weight(name).float()
-                total += original
-                originals.append((layer, original))
-                weight.data = total.to(original.dtype)
+                total = _sum(layer, names)
+                originals.append((layer, weight.data))
+                weight.data = total
                 layer.merged_adapters.extend(names)
         yield
     finally:
@@ -71,6 +70,23 @@ def merged(model: Any) -> Iterator[None]:
 def _lora_layers(model: Any) -> list[Any]:
     layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
     return [layer for layer in layers if any(name in layer.lora_A for name in layer.active_adapters)]
+
+
+def _sum(layer: Any, names: list[str]) -> Tensor:
+    """W + sum of scale * B A over the named adapters, in float32 (float64 stays) and rounded once."""
+    weight = _weight(layer).data
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    factors = [(layer.lora_B[n].weight.to(wide), layer.lora_A[n].weight.to(wide), layer.scaling[n]) for n in names]
+    total = torch.empty_like(weight)
+    old, new = (weight.T, total.T) if layer.fan_in_fan_out else (weight, total)
+    rows = max(1, _BLOCK // old.shape[1])
+    for start in range(0, old.shape[0], rows):
+        part = slice(start, start + rows)
+        block = old[part].to(wide, copy=True)
+        for up, down, scale in factors:
+            block.addmm_(up[part], down, alpha=scale)
+        new[part] = block
+    return total
 
 
 def _weight(layer: Any) -> Any:

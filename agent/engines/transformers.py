@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -67,6 +67,7 @@ class TransformersEngine:
         self._dtype = pick_dtype(dtype, self._device)
         self._merge = merge is not False
         self._wrapped = False
+        self._steady = False  # inside `steady`
         self._stack = ExitStack()
         try:
             self._base: Any = model if isinstance(model, torch.nn.Module) else self._load_weights(str(model))
@@ -79,18 +80,36 @@ class TransformersEngine:
         self.tokenizer = tokenizer
         self.renderer = Renderer(tokenizer)
         self.limits = Limits(max_batch=max_batch, batch_tokens=batch_tokens)
-        self._store = PastStore(reuse_tokens) if reuse_tokens else None
+        self._reuse_tokens = reuse_tokens
+        self._store = self._new_store()
 
     @classmethod
     def wrap(cls, model: torch.nn.Module, tokenizer: Any, *, name: str, **options: Any) -> TransformersEngine:
         """An engine around a model that is being trained, a PEFT model for one: samples from its current weights.
 
         Every call sees the weights as they are then, leaves them bitwise unchanged, and leaves the model in the
-        mode (train or eval) it was in. `load` is refused.
+        mode (train or eval) it was in. Keys and values are kept inside `steady` only. `load` is refused.
         """
-        engine = cls(model, tokenizer, name=name, reuse_tokens=0, **options)
-        engine._wrapped = True
+        engine = cls(model, tokenizer, name=name, **options)
+        engine._wrapped, engine._store = True, None
         return engine
+
+    @contextmanager
+    def steady(self) -> Iterator[None]:
+        """Inside, a model that is being trained stays as it is, from one call to the next.
+
+        Its adapter is merged once, not at every call, and keys and values are kept between calls. Afterwards every
+        weight is bitwise what it was. Not for training, nor for switching adapters.
+        """
+        if not self._wrapped or self._steady:
+            yield
+            return
+        with merged(self.network) if self._merge else nullcontext():
+            self._store, self._steady = self._new_store(), True
+            try:
+                yield
+            finally:
+                self._store, self._steady = None, False
 
     @property
     def max_context(self) -> int:
@@ -187,7 +206,7 @@ class TransformersEngine:
         """Eval mode, no gradients, a wrapped adapter merged; everything as before afterwards."""
         training = [module for module in self.network.modules() if module.training]
         with ExitStack() as stack:
-            if self._wrapped and self._merge:
+            if self._wrapped and self._merge and not self._steady:
                 stack.enter_context(merged(self.network))
             for module in training:
                 module.training = False
@@ -197,6 +216,9 @@ class TransformersEngine:
             finally:
                 for module in training:
                     module.training = True
+
+    def _new_store(self) -> PastStore | None:
+        return PastStore(self._reuse_tokens) if self._reuse_tokens else None
 
     def _load_weights(self, source: str) -> Any:
         loaded: Any = AutoModelForCausalLM.from_pretrained(

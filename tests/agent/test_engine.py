@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel
 
+from agent.engines.base import Completion, steady
 from agent.engines.cache import PastStore, RowCache
-from agent.engines.lora import can_merge, merged
+from agent.engines.lora import _sum, can_merge, merged
 from agent.engines.sampling import draw, keep_top, pick
 from agent.engines.transformers import TransformersEngine, pick_dtype
 from agent.episode import FinishReason, Message, SamplingParams
 from agent.errors import CheckpointError, ContextLengthError, EngineFailedError, ModelLoadError
+from agent.renderer import common_prefix
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
 
@@ -129,6 +134,37 @@ def test_a_next_turn_costs_only_its_new_tokens(engine: TransformersEngine) -> No
     assert seen[0] == bridge + 1  # the last sampled token had not been through the model
     fresh = TransformersEngine(engine.network, engine.tokenizer, name="fresh", reuse_tokens=0)
     assert [c.token_ids for c in again] == [c.token_ids for c in fresh.generate(longer, [GREEDY] * 2)]
+
+
+@contextmanager
+def forwarded(engine: TransformersEngine) -> Iterator[list[tuple[int, int]]]:
+    """Rows and columns of every forward pass inside."""
+    shapes: list[tuple[int, int]] = []
+    embedding = engine.network.get_input_embeddings()
+    handle = embedding.register_forward_hook(lambda module, inputs, output: shapes.append(tuple(inputs[0].shape)))
+    yield shapes
+    handle.remove()
+
+
+def test_what_all_prompts_begin_with_goes_through_the_model_once(engine: TransformersEngine) -> None:
+    prompts = prompts_of(engine, "1", "2", "3", "4", knowledge="Remember: look behind every door. " * 5)
+    shared = len(common_prefix(*prompts))
+    with forwarded(engine) as shapes:
+        engine.generate(prompts, [GREEDY.model_copy(update={"max_tokens": 1})] * 4)
+    assert shapes == [(1, shared), (4, len(prompts[0]) - shared)]
+
+
+def test_finished_rows_leave_the_batch(tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
+    engine = TransformersEngine(tiny_model(), tiny_tokenizer, name="tiny")
+    engine.network.generation_config.eos_token_id = None
+    engine.renderer.stop_ids = frozenset()
+    lengths = range(8, 72, 8)
+    sampling = [SamplingParams(max_tokens=n, seed=n) for n in lengths]
+    with forwarded(engine) as shapes:
+        done = engine.generate(prompts_of(engine, *"abcdefgh"), sampling)
+    assert [len(c.token_ids) for c in done] == list(lengths)
+    steps = [rows * columns for rows, columns in shapes if columns == 1]
+    assert sum(steps) == sum(n - 1 for n in lengths)  # the first token of each comes from its prompt
 
 
 def test_a_sliding_window_model_falls_back(tiny_tokenizer: Any) -> None:
@@ -282,6 +318,85 @@ def test_merging_leaves_every_weight_bitwise_as_it_was(tiny_model: Callable[...,
     )
     assert torch.equal(plain, after)
     assert all(torch.equal(model.state_dict()[name], old) for name, old in before.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merged_weights_are_the_sum_rounded_once(
+    tiny_model: Callable[..., Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agent.engines.lora._BLOCK", 100)  # several blocks a matrix, the last one smaller
+    qwen = with_adapter(tiny_model().to(dtype), use_rslora=True)
+    qwen.add_adapter("second", LoraConfig(r=3, target_modules="all-linear", init_lora_weights=False))
+    qwen.base_model.set_adapter(["default", "second"])
+    torch.manual_seed(0)
+    small = GPT2Config(vocab_size=40, n_embd=24, n_layer=1, n_head=2, n_positions=16)
+    gpt2 = with_adapter(GPT2LMHeadModel(small).to(dtype), fan_in_fan_out=True)  # its layers hold their weights turned
+    for model, adapters, layers in ((qwen, ["default", "second"], 14), (gpt2, ["default"], 4)):
+        wanted = {
+            name: module.get_base_layer().weight.float() + sum(module.get_delta_weight(a).float() for a in adapters)
+            for name, module in model.named_modules()
+            if isinstance(module, LoraLayer)
+        }
+        assert len(wanted) == layers
+        with merged(model):
+            for name, expected in wanted.items():
+                weight = model.get_submodule(name).get_base_layer().weight
+                assert weight.dtype == dtype
+                step = torch.finfo(dtype).eps
+                torch.testing.assert_close(weight.float(), expected, rtol=2 * step, atol=1e-6)
+
+
+def test_merging_many_times_drifts_nowhere(tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
+    """W + BA - BA is not W in bfloat16: over a run of steps a base that is computed back walks away."""
+    model = with_adapter(tiny_model().to(torch.bfloat16))
+    engine = TransformersEngine.wrap(model, tiny_tokenizer, name="tiny")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items() if "base_layer" in name}
+    prompts = prompts_of(engine, "a")
+    for _ in range(5):
+        engine.generate(prompts, [GREEDY])
+        with engine.steady():
+            engine.generate(prompts, [GREEDY])
+    assert len(before) == 20  # 14 weights, 6 biases
+    assert all(torch.equal(model.state_dict()[name], old) for name, old in before.items())
+
+
+def test_a_steady_adapter_is_merged_once_and_its_turns_go_on(
+    tiny_model: Callable[..., Any], tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = with_adapter(tiny_model())
+    engine = TransformersEngine.wrap(model, tiny_tokenizer, name="tiny")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    made: list[Any] = []
+    monkeypatch.setattr("agent.engines.lora._sum", lambda layer, names: made.append(layer) or _sum(layer, names))
+    prompts = prompts_of(engine, "one", "two")
+
+    def turns() -> list[Completion]:
+        first = engine.generate(prompts, [GREEDY] * 2)
+        more = engine.renderer.bridge([], "more", ended=False)
+        longer = [[*p, *c.token_ids, *more] for p, c in zip(prompts, first, strict=True)]
+        return first + engine.generate(longer, [GREEDY] * 2)
+
+    loose = turns()
+    assert len(made) == 28
+    made.clear()
+    with steady(engine), steady(engine):
+        held = turns()
+        assert len(made) == 14
+    assert [c.token_ids for c in held] == [c.token_ids for c in loose]
+    assert all(c.cached_tokens < len(p) for c, p in zip(loose[2:], prompts, strict=True))
+    assert all(c.cached_tokens > len(p) for c, p in zip(held[2:], prompts, strict=True))
+    assert all(torch.equal(model.state_dict()[name], old) for name, old in before.items())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.neg_()
+    with steady(engine):
+        assert engine.generate(prompts, [GREEDY] * 2) != loose[:2]  # nothing of the old weights is left
+    with pytest.raises(KeyboardInterrupt), steady(engine):
+        raise KeyboardInterrupt
+    assert can_merge(model)
+    with steady(object()):  # an engine that knows nothing of it
+        pass
 
 
 def test_weights_come_back_when_sampling_fails(tiny_model: Callable[..., Any]) -> None:
