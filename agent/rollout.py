@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 
-from agent.engines.base import Engine
+from agent.engines.base import Engine, steady
 from agent.episode import Episode, SamplingParams, episode_id
 from agent.game import Game, Plan, request_seed
 from agent.renderer import Renderer
@@ -102,7 +102,7 @@ def play(
 
     stats = stats if stats is not None else RolloutStats()
     stats.total += len(games)
-    Scheduler(
+    scheduler = Scheduler(
         plan,
         on_end=on_end,
         progress=progress,
@@ -113,7 +113,9 @@ def play(
         workers=processes,
         turn_seconds=turn_seconds,
         lockstep=lockstep,
-    ).play(games)
+    )
+    with steady(engine):
+        scheduler.play(games)
     return [finished[order] for order in sorted(finished)]
 
 
