@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from memory.records import Item, digest
 
 #: Share of common words from which two items with the same anchors are one.
 NEAR = 0.8
 
-_WORD = re.compile(r"\w+")
-_ARTICLES = frozenset({"a", "an", "the"})
+WORD = re.compile(r"\w+")
+ARTICLES = frozenset({"a", "an", "the"})
 # What a lesson hangs on: markup, quoted forms, numbers and negations. Items that differ here differ.
-_ANCHOR = re.compile(
+ANCHOR = re.compile(
     r"</?[^<>\s]{1,40}>|\\\w+|`[^`]*`|\"[^\"]*\"|\d+|[{}\[\]]|\b(?:not|never|no|none|without|avoid|unless|only|\w+n['’]t)\b"
 )
 
@@ -30,25 +30,32 @@ def item_id(text: str) -> str:
     return digest(normalised(text))
 
 
+def same_anchors(a: str, b: str) -> bool:
+    """Whether two lines hold the same markup, numbers and negations."""
+    return set(ANCHOR.findall(normalised(a))) == set(ANCHOR.findall(normalised(b)))
+
+
 def similarity(a: str, b: str) -> float:
     """Share of common words of two lines (Jaccard) in [0, 1]; 0 if they differ in markup, numbers or negations."""
-    a, b = normalised(a), normalised(b)
-    if set(_ANCHOR.findall(a)) != set(_ANCHOR.findall(b)):
+    if not same_anchors(a, b):
         return 0.0
-    words_a, words_b = set(_WORD.findall(a)) - _ARTICLES, set(_WORD.findall(b)) - _ARTICLES
+    a, b = normalised(a), normalised(b)
+    words_a, words_b = set(WORD.findall(a)) - ARTICLES, set(WORD.findall(b)) - ARTICLES
     if not words_a or not words_b:
         return float(a == b)
     return len(words_a & words_b) / len(words_a | words_b)
 
 
-def nearest(text: str, known: Iterable[Item], threshold: float = NEAR) -> Item | None:
+def nearest(
+    text: str, known: Iterable[Item], threshold: float = NEAR, likeness: Callable[[str, str], float] = similarity
+) -> Item | None:
     """The known item that says the same as `text`, the most alike first; None if none is alike enough."""
     id_ = item_id(text)
     best, best_likeness = None, threshold
     for item in known:
         if item.id == id_:
             return item
-        likeness = similarity(text, item.text)
-        if likeness > best_likeness or (best is None and likeness >= best_likeness):
-            best, best_likeness = item, likeness
+        found = likeness(text, item.text)
+        if found > best_likeness or (best is None and found >= best_likeness):
+            best, best_likeness = item, found
     return best
