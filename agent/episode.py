@@ -89,7 +89,8 @@ class Episode(BaseModel):
     token_ids: tuple[int, ...]
     prompt_length: int
     loss_mask: tuple[bool, ...]  # True exactly at sampled tokens, end of turn included
-    logprobs: tuple[float, ...]  # natural log, untempered model distribution; 0.0 where not sampled
+    #: Natural log, untempered model distribution (in a restricted reply: among the ids allowed); 0.0 where not sampled.
+    logprobs: tuple[float, ...]
     reward: float
     score: float
     success: bool

@@ -13,6 +13,10 @@ class ContextLengthError(UsageError):
     """A prompt and the tokens asked for do not fit the model's context. Nothing is truncated silently."""
 
 
+class ConstraintError(UsageError):
+    """A reply cannot be restricted to the choices given, or is none of them."""
+
+
 class CheckpointError(UsageError):
     """A checkpoint folder is neither a LoRA adapter nor full weights, or does not fit the model."""
 

@@ -17,7 +17,7 @@ class Completion:
     """What was sampled after one prompt. The end-of-turn token, if it was sampled, is the last id."""
 
     token_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]  # natural log of each sampled id under the untempered model distribution
+    logprobs: tuple[float, ...]  # natural log of each sampled id, untempered; of a restricted reply: among its choices
     finish_reason: FinishReason
     cached_tokens: int = 0  # leading prompt tokens whose keys and values existed already
     exact: bool = True  # False: the ids were made from text, without log-probabilities; they are not trained on

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from agent.constraint import Restriction, Vocabulary
 from agent.engines.base import Completion
 from agent.engines.cache import PastStore, RowCache, RowState
-from agent.engines.sampling import pick
+from agent.engines.sampling import pick, pick_among
 from agent.episode import FinishReason, SamplingParams
 from agent.errors import EngineFailedError
 from agent.renderer import common_prefix
@@ -50,6 +51,7 @@ class _Row:
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finish: FinishReason | None = None
+    restriction: Restriction | None = None
 
     @property
     def total(self) -> int:
@@ -60,6 +62,7 @@ class Decoder:
     """Continues token ids with one model. Call it in inference mode, with the model in eval mode.
 
     `store` keeps keys and values between calls (None: not at all); it must be cleared when the weights change.
+    `vocabulary` is needed for rows with choices only.
     """
 
     def __init__(
@@ -68,7 +71,9 @@ class Decoder:
         stop_ids: frozenset[int],
         limits: Limits,
         store: PastStore | None = None,
+        vocabulary: Vocabulary | None = None,
     ) -> None:
+        self.vocabulary = vocabulary
         self.model = model
         self.stop_ids = stop_ids
         self.limits = limits
@@ -84,9 +89,10 @@ class Decoder:
 
         Raises:
             EngineFailedError: the model's logits are not numbers.
+            ConstraintError: none of a row's choices can be written with the model's tokens.
         """
         rows = [
-            _Row(index, list(prompt), params, _uniforms(params))
+            _Row(index, list(prompt), params, _uniforms(params), restriction=self._restriction(params))
             for index, (prompt, params) in enumerate(zip(prompts, sampling, strict=True))
         ]
         self._waiting = deque(sorted(rows, key=lambda row: (-row.total, row.index)))
@@ -100,6 +106,12 @@ class Decoder:
                     self._step()
                 self._leave()
         return [_completion(row) for row in rows]
+
+    def _restriction(self, params: SamplingParams) -> Restriction | None:
+        if not params.choices:
+            return None
+        assert self.vocabulary is not None  # noqa: S101
+        return Restriction(self.vocabulary, params.choices)
 
     def _find_pasts(self, rows: list[_Row]) -> None:
         """Give every row the keys and values that exist already, or that it shares with the others."""
@@ -176,8 +188,12 @@ class Decoder:
         if len(live) < len(rows):
             logits_BV = logits_BV[live]
         ids, logprobs = pick(logits_BV, [rows[i].sampling for i in live], uniforms_B)
-        for i, id_, logprob in zip(live, ids, logprobs, strict=True):
-            row = rows[i]
+        for place, i in enumerate(live):
+            row, id_, logprob = rows[i], ids[place], logprobs[place]
+            if row.restriction is not None:
+                uniform = float(uniforms_B[place])
+                id_, logprob = pick_among(logits_BV[place], row.restriction.allowed, row.sampling, uniform)
+                row.restriction.advance(id_)
             if logprob != logprob:
                 raise EngineFailedError(
                     "the model's logits are not numbers (NaN); its weights are damaged, or the number format "

@@ -18,6 +18,21 @@ _ROWS = 8  # rows turned to float32 at a time: enough to fill the cores, few eno
 _FIRST_CANDIDATES = 1024  # top_p rarely needs more, and a full sort of a 150k vocabulary is slow
 
 
+def pick_among(logits_V: Tensor, allowed: Sequence[int], params: SamplingParams, uniform: float) -> tuple[int, float]:
+    """Next id of one row among the allowed ones, and its natural log-probability among them, untempered.
+
+    `uniform` in [0, 1) decides where the temperature is above 0. Logits that are not numbers give NaN.
+    """
+    logits_A = logits_V[torch.tensor(allowed, device=logits_V.device)].float()
+    if params.temperature > 0:
+        weights_A = ((logits_A - logits_A.max()) / params.temperature).exp()
+        weights_A = keep_top(weights_A, params.top_k, params.top_p)
+        chosen = int(draw(weights_A.unsqueeze(0), torch.tensor([uniform], device=logits_V.device)))
+    else:
+        chosen = int(logits_A.argmax())
+    return allowed[chosen], float(logits_A.log_softmax(-1)[chosen])
+
+
 def pick(logits_BV: Tensor, sampling: Sequence[SamplingParams], uniforms_B: Tensor) -> tuple[list[int], list[float]]:
     """Next id of every row and its natural log-probability under the untempered, unfiltered distribution.
 

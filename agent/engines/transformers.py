@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from agent.constraint import Vocabulary
 from agent.engines.base import Completion
 from agent.engines.cache import PastStore
 from agent.engines.decode import Decoder, Limits
@@ -122,6 +124,7 @@ class TransformersEngine:
 
         Raises:
             ContextLengthError: a prompt plus its max_tokens exceeds max_context.
+            ConstraintError: a prompt's choices cannot be written with the model's tokens.
             EngineFailedError: the model's logits are not numbers.
         """
         for prompt, params in zip(prompts, sampling, strict=True):
@@ -135,7 +138,8 @@ class TransformersEngine:
         if not prompts:
             return []
         with self._sampling():
-            return Decoder(self.network, self._stop_ids, self.limits, self._store).run(prompts, sampling)
+            vocabulary = self._vocabulary if any(params.choices for params in sampling) else None
+            return Decoder(self.network, self._stop_ids, self.limits, self._store, vocabulary).run(prompts, sampling)
 
     def load(self, checkpoint: Path | None) -> None:
         """Sample from this checkpoint folder from now on; None is the base model.
@@ -193,6 +197,10 @@ class TransformersEngine:
             self._base = self._load_weights(str(self._source))
         self.network = self._base
         self.checkpoint = None
+
+    @cached_property
+    def _vocabulary(self) -> Vocabulary:
+        return Vocabulary(self.tokenizer)
 
     @property
     def _stop_ids(self) -> frozenset[int]:
