@@ -62,8 +62,12 @@ class ConsoleListener:
     def rollout(self, what: str, stats: RolloutStats) -> None:
         """Episodes done so far."""
         detail = f"{stats.successes} solved"
+        if stats.episodes > stats.known:
+            detail += f", {stats.episodes_per_second:.2g} episodes/s"
         if stats.engine_seconds:
             detail += f", {stats.tokens_per_second:.0f} tok/s"
+        if stats.cached_tokens:
+            detail += f", {stats.prefix_hit_rate:.0%} of prompts cached"
         self._bar(what, stats.episodes, stats.total, detail)
 
     def step(self, metrics: StepMetrics, total: int) -> None:

@@ -32,7 +32,7 @@ def play_stored(
     ids = [episode_id(namespace, task) for task in tasks]
     known = {id_: store.episode(id_) for id_ in store.has_episodes(ids)}
     solved = sum(episode.success for episode in known.values())
-    stats = RolloutStats(total=len(known), episodes=len(known), successes=solved)
+    stats = RolloutStats(total=len(known), episodes=len(known), known=len(known), successes=solved)
     played = play(
         tasks,
         engine,
