@@ -173,9 +173,29 @@ class Database:
         return statement.on_conflict_do_nothing() if skip_existing else statement
 
     def _insert_rows(self, connection: sa.Connection, table: type[Base], rows: Sequence[Mapping[str, Any]]) -> None:
-        """Insert rows, leaving alone those whose key is taken."""
+        """Insert rows of the same columns, leaving alone those whose key is taken."""
         if rows:
-            connection.execute(self._insert(table, skip_existing=True), rows)
+            connection.execute(*self._bulk(table, rows))
+
+    def _insert_new(self, connection: sa.Connection, table: type[Base], rows: Sequence[Mapping[str, Any]]) -> set[str]:
+        """The same, for a table with an `id`; returns the ids that were not taken."""
+        if not rows:
+            return set()
+        statement, values = self._bulk(table, rows)
+        return set(connection.execute(statement.returning(table.__table__.c["id"]), values).scalars())
+
+    def _bulk(self, table: type[Base], rows: Sequence[Mapping[str, Any]]) -> tuple[Any, Any]:
+        """A statement and its parameters. PostgreSQL takes a column as one array: one statement for all rows."""
+        statement = self._insert(table, skip_existing=True)
+        if self._engine.dialect.name != "postgresql":
+            return statement, rows
+        columns = [table.__table__.c[name] for name in rows[0]]
+        arrays = [
+            sa.func.unnest(sa.bindparam(f"all_{column.name}", type_=postgresql.ARRAY(column.type, dimensions=1)))
+            for column in columns
+        ]
+        values = {f"all_{column.name}": [row[column.name] for row in rows] for column in columns}
+        return statement.from_select(columns, sa.select(*arrays)), values
 
     def _log(
         self, connection: sa.Connection, kind: str, subject: str, action: str, who: str, why: str, detail: Any = None

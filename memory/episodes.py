@@ -60,8 +60,7 @@ class EpisodeTable(Database):
             self._add_tasks(connection, {e.task.id: e.task for e in unique.values()})
             # Sorted, so that two writers of the same texts wait for each other instead of deadlocking.
             self._insert_rows(connection, TextRow, [{"digest": d, "body": texts[d]} for d in sorted(texts)])
-            insert = self._insert(EpisodeRow, skip_existing=True).returning(EpisodeRow.id)
-            added = set(connection.execute(insert, sorted(rows, key=lambda row: row["id"])).scalars())
+            added = self._insert_new(connection, EpisodeRow, sorted(rows, key=lambda row: str(row["id"])))
             self._insert_rows(connection, TurnRow, [row for id_ in sorted(added) for row in turns[id_]])
         return len(added)
 
