@@ -43,16 +43,12 @@ class Embedder:
 
     def __init__(self, folder: Path) -> None:
         from transformers import AutoModel, AutoTokenizer
-        from transformers.utils import logging
 
-        logging.disable_progress_bar()
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
             self._model: Any = AutoModel.from_pretrained(str(folder), use_safetensors=True, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
             raise UsageError(f"embeddings model {folder} cannot be loaded: {str(error).splitlines()[0]}") from error
-        finally:
-            logging.enable_progress_bar()
         self._model.eval()
         self._known: dict[str, np.ndarray] = {}
 

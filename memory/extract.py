@@ -1,7 +1,8 @@
-"""From an episode to lines of experience: the record a model reads, and the strict reading of what it writes."""
+"""From episodes to lines of experience: the record a model reads, and the strict reading of what it writes."""
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
 from collections import Counter
@@ -12,14 +13,14 @@ from agent.engines.base import Engine
 from agent.episode import Episode, FinishReason, Message, SamplingParams, StopReason
 from agent.renderer import Renderer
 from envs.errors import UsageError
-from memory.prompts import PROMPT_VERSION, Mode, examples_messages, paper_messages
+from memory.admission import ATTEMPT
+from memory.prompts import MODES, PROMPT_VERSION, Mode, contrast_messages, examples_messages, paper_messages
 from memory.records import Extraction, digest
 from memory.render import HEADER
 
 MAX_ITEM_CHARACTERS = 400
 
 _ITEM = re.compile(r"- EXPERIENCE ITEM: (\S.*)")
-_ATTEMPT = re.compile(r"experience[\s_*-]*item", re.IGNORECASE)
 _PLACEHOLDER = re.compile(r"[<\[({]?\s*(text|item|lesson|rule|experience|\.\.\.|…)\s*[>\])}]?\.?", re.IGNORECASE)
 _RULE = re.compile(r"^(\s*)(=+\s*)$", re.MULTILINE)
 
@@ -44,7 +45,7 @@ def parse(output: str, *, finished: bool = True, max_items: int | None = None) -
     lines = output.split("\n")
     for number, line in enumerate(lines):
         line = line.removesuffix("\r")
-        if not _ATTEMPT.search(line):
+        if not ATTEMPT.search(line):
             continue
         match = _ITEM.fullmatch(line.rstrip(" "))
         whole = finished or number < len(lines) - 1
@@ -61,7 +62,7 @@ def parse(output: str, *, finished: bool = True, max_items: int | None = None) -
 def _admissible(text: str) -> bool:
     return (
         len(text) <= MAX_ITEM_CHARACTERS
-        and not _ATTEMPT.search(text)
+        and not ATTEMPT.search(text)
         and not _PLACEHOLDER.fullmatch(text)
         and any(character.isalnum() for character in text)
         and not any(unicodedata.category(character) in _INVISIBLE for character in text)
@@ -132,17 +133,21 @@ def _quoted(text: str) -> str:
     """Foreign text, made unable to pass for anything but text."""
     text = "".join(c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs") else "\ufffd" for c in text)
     text = _RULE.sub(r"\1> \2", text)
-    return "\n".join(f"> {line}" if _ATTEMPT.search(line) else line for line in text.split("\n")).strip()
+    return "\n".join(f"> {line}" if ATTEMPT.search(line) else line for line in text.split("\n")).strip()
 
 
 class Extractor:
-    """Lets an engine's model look back at episodes.
+    """Lets a model look back at episodes: the one that played them, or a coach.
 
     Args:
-        engine: the model that writes; its checkpoint is recorded as the items' origin.
-        mode: `examples` (default; small models need it) or `paper`.
+        engine: the model that writes; it is recorded with its checkpoint as the items' origin.
+        mode: `examples` (default; small models need it), `paper`, or `contrastive`: several episodes at once.
         max_items: most items taken from one output; more are kept as malformed.
-        sampling: how to sample; its seed is replaced by one per episode.
+        sampling: how to sample; its seed is replaced by one per extraction.
+        group: how many episodes `contrastive` shows side by side.
+
+    Raises:
+        UsageError: there is no such mode, or a group of fewer than 2.
     """
 
     def __init__(
@@ -151,23 +156,28 @@ class Extractor:
         mode: Mode = "examples",
         max_items: int = 4,
         sampling: SamplingParams | None = None,
+        group: int = 3,
     ) -> None:
-        if mode not in ("examples", "paper"):
-            raise UsageError(f"no extraction mode {mode!r}; use examples or paper")
+        if mode not in MODES:
+            raise UsageError(f"no extraction mode {mode!r}; use {', '.join(MODES)}")
+        if group < 2:
+            raise UsageError(f"contrastive extraction compares at least 2 episodes, not {group}")
         self._engine = engine
         self._renderer = Renderer(engine.tokenizer)
         self._mode: Mode = mode
         self._max_items = max_items
-        self._sampling = sampling or SamplingParams(temperature=0.7, max_tokens=96 if mode == "examples" else 512)
+        self._group = group
+        self._sampling = sampling or SamplingParams(temperature=0.7, max_tokens=512 if mode == "paper" else 96)
 
     def extract(self, episodes: Sequence[Episode], seed: int) -> list[Extraction]:
         """One extraction an episode, in order; an episode given several times is read with as many seeds.
 
-        All prompts go to the engine in one call. An episode whose record does not fit the model's context even
-        without its turns yields an extraction without output.
+        In `contrastive` mode one extraction a group (see `contrast`). All prompts go to the engine in one call. What
+        does not fit the model's context even without its turns yields an extraction without output.
         """
-        seeds = _seeds(episodes, seed)
-        prompts = [self._prompt(episode) for episode in episodes]
+        groups = contrast(episodes, self._group) if self._mode == "contrastive" else [(e,) for e in episodes]
+        seeds = _seeds([group[0] for group in groups], seed)
+        prompts = [self._prompt(group) for group in groups]
         fitting = [i for i, prompt in enumerate(prompts) if prompt is not None]
         completions = {}
         if fitting:
@@ -175,43 +185,47 @@ class Extractor:
             answers = self._engine.generate([prompts[i] or [] for i in fitting], samplings)
             completions = dict(zip(fitting, answers, strict=True))
         extractions = []
-        for i, episode in enumerate(episodes):
+        for i, group in enumerate(groups):
             output, parsed = "", Parsed((), ())
             if completion := completions.get(i):
                 output = self._renderer.decode(completion.token_ids)
                 finished = completion.finish_reason is FinishReason.STOP
                 parsed = parse(output, finished=finished, max_items=self._max_items)
-            extractions.append(self._extraction(episode, seeds[i], output, parsed))
+            extractions.append(self._extraction(group, seeds[i], output, parsed))
         return extractions
 
-    def messages(self, episode: Episode, keep: int | None = None) -> list[Message]:
-        """What the model is asked about an episode, `keep` turns of it (None: all)."""
-        record = transcript(episode, keep)
+    def messages(self, group: Sequence[Episode], keep: int | None = None) -> list[Message]:
+        """What the model is asked about one episode or several, `keep` turns of each (None: all)."""
+        records = [transcript(episode, keep) for episode in group]
+        if self._mode == "contrastive":
+            return contrast_messages(records)
         if self._mode == "paper":
-            return paper_messages(record, single_turn=len(episode.turns) <= 1)
-        return examples_messages(record)
+            return paper_messages(records[0], single_turn=len(group[0].turns) <= 1)
+        return examples_messages(records[0])
 
-    def _prompt(self, episode: Episode) -> list[int] | None:
+    def _prompt(self, group: Sequence[Episode]) -> list[int] | None:
         """The longest prompt that leaves room for the answer, whole turns being left out; None if none does."""
         room = self._engine.max_context - self._sampling.max_tokens
-        if len(prompt := self._renderer.prompt(self.messages(episode))) <= room:
+        if len(prompt := self._renderer.prompt(self.messages(group))) <= room:
             return prompt
-        best, low, high = None, 0, len(episode.turns) - 1
+        best, low, high = None, 0, max(len(episode.turns) for episode in group) - 1
         while low <= high:
             keep = (low + high) // 2
-            prompt = self._renderer.prompt(self.messages(episode, keep))
+            prompt = self._renderer.prompt(self.messages(group, keep))
             if len(prompt) <= room:
                 best, low = prompt, keep + 1
             else:
                 high = keep - 1
         return best
 
-    def _extraction(self, episode: Episode, seed: int, output: str, parsed: Parsed) -> Extraction:
+    def _extraction(self, group: Sequence[Episode], seed: int, output: str, parsed: Parsed) -> Extraction:
         engine = self._engine
-        origin = (episode.id, engine.model, engine.checkpoint, self._mode, PROMPT_VERSION, seed)
+        ids = [episode.id for episode in group]
+        origin = (*ids, engine.model, engine.checkpoint, self._mode, PROMPT_VERSION, seed)
         return Extraction(
             id=digest(*origin, self._sampling.model_dump_json(exclude={"seed"})),
-            episode_id=episode.id,
+            episode_id=ids[0],
+            others=tuple(ids[1:]),
             model=engine.model,
             checkpoint=engine.checkpoint,
             mode=self._mode,
@@ -221,6 +235,23 @@ class Extractor:
             items=parsed.items,
             malformed=parsed.malformed,
         )
+
+
+def contrast(episodes: Sequence[Episode], size: int) -> list[tuple[Episode, ...]]:
+    """Groups of at most `size` episodes of one world, failed ones first, the solved ones dealt out evenly.
+
+    Every episode is in one group; where there are as many solved episodes as groups, each group has one of either kind.
+    """
+    worlds: dict[str, list[Episode]] = {}
+    for episode in episodes:
+        worlds.setdefault(episode.task.env, []).append(episode)
+    groups: list[list[Episode]] = []
+    for family in worlds.values():
+        dealt: list[list[Episode]] = [[] for _ in range(math.ceil(len(family) / size))]
+        for place, episode in enumerate(sorted(family, key=lambda e: e.success)):
+            dealt[place % len(dealt)].append(episode)
+        groups += dealt
+    return [tuple(group) for group in groups]
 
 
 def _seeds(episodes: Sequence[Episode], seed: int) -> list[int]:

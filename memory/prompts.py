@@ -1,19 +1,23 @@
-"""The words that ask a model to look back at one episode. Any change here gets a new `PROMPT_VERSION`.
+"""The words that ask a model to look back at its episodes. Any change here gets a new `PROMPT_VERSION`.
 
 `paper`: instructions alone, in our own words, one text for single questions and one for games (arXiv 2602.12275).
 `examples`: three worked examples from unrelated worlds before the real record, for small models, which answer bare
-instructions with platitudes. No example comes from a world that we ship, so nothing that must be learned is given away.
+instructions with platitudes. `contrastive`: several episodes of one kind side by side, solved beside failed where there
+are both, after worked examples of the same shape. No example comes from a world that we ship, so nothing that must be
+learned is given away.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from agent.episode import Message
 
-Mode = Literal["paper", "examples"]
+Mode = Literal["paper", "examples", "contrastive"]
+MODES: tuple[Mode, ...] = ("paper", "examples", "contrastive")
 
-PROMPT_VERSION = "1"
+PROMPT_VERSION = "2"
 MARKER = "- EXPERIENCE ITEM:"
 
 _FORM = (
@@ -44,6 +48,16 @@ EXAMPLES_SYSTEM = (
 
 EXAMPLES_REQUEST = "Turn the feedback into one rule for all tasks of this kind."
 
+CONTRAST_SYSTEM = (
+    "You are a coach. You never solve the task yourself. You read the records of several attempts at tasks of one "
+    "kind, compare what came of them, and write one rule for the next tasks of this kind, which will have other "
+    "numbers and names."
+)
+
+CONTRAST_REQUEST = (
+    "Compare the attempts. Turn what would have made all of them count into one rule for this kind of task."
+)
+
 
 def fence(record: str) -> str:
     """A record between two lines of equals signs; no line inside can look like one of them."""
@@ -64,6 +78,20 @@ def examples_messages(record: str) -> list[Message]:
         messages.append(Message(role="assistant", content=f"{MARKER} {lesson}"))
     messages.append(Message(role="user", content=f"{fence(record)}\n{EXAMPLES_REQUEST}"))
     return messages
+
+
+def contrast_messages(records: Sequence[str]) -> list[Message]:
+    """Worked examples of attempts side by side, then the real ones."""
+    messages = [Message(role="system", content=CONTRAST_SYSTEM)]
+    for shown, lesson in _COMPARED:
+        messages.append(Message(role="user", content=f"{fence(_side_by_side(shown))}\n{CONTRAST_REQUEST}"))
+        messages.append(Message(role="assistant", content=f"{MARKER} {lesson}"))
+    messages.append(Message(role="user", content=f"{fence(_side_by_side(records))}\n{CONTRAST_REQUEST}"))
+    return messages
+
+
+def _side_by_side(records: Sequence[str]) -> str:
+    return "\n\n".join(f"Attempt {number}\n{record}" for number, record in enumerate(records, 1))
 
 
 # The order matters: the last example teaches most. Measured with a 0.5B model, useful items of 12: door then capitals
@@ -93,3 +121,20 @@ _WORKED = (
         "Always write the whole message in capital letters, like this: THE SKY IS BLUE",
     ),
 )
+
+# What the failed attempts of `_WORKED` stand beside.
+_BESIDE = (
+    "Task: You stand before the gate of the mill. Get inside.\n"
+    "Reply: knock, knock, knock. Then I walk in.\n"
+    "Outcome: solved (score 1.00)\n"
+    "Feedback: The gate opens.",
+    "Task: Tell the night watch how many lamps are lit.\n"
+    "Reply: Watch, I report that seven lamps are lit.\n"
+    "Outcome: solved (score 1.00)\n"
+    "Feedback: Heard.",
+    "Task: Name the largest planet.\n"
+    "Reply: It is Jupiter.\n"
+    "Outcome: failed (score 0.00)\n"
+    "Feedback: Not accepted. Nothing was read. A message is only read if it is written like this: THE SKY IS BLUE",
+)
+_COMPARED = tuple(((record, beside), lesson) for (record, lesson), beside in zip(_WORKED, _BESIDE, strict=True))

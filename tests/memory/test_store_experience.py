@@ -18,9 +18,11 @@ from memory.render import compose
 
 
 def extraction(id="x1", episode_id="e1", items=("Knock first.",), **overrides):
+    output = "\n".join(["a\0b", *(f"- EXPERIENCE ITEM: {item}" for item in items)])
     fields = {
         "id": id, "episode_id": episode_id, "model": "tiny", "checkpoint": None, "mode": "examples",
-        "prompt_version": "1", "seed": 2**70, "output": "a\0b", "items": items, "malformed": ("- EXPERIENCE ITEM:",),
+        "prompt_version": "1", "seed": 2**70, "output": output,
+        "items": items, "malformed": ("- EXPERIENCE ITEM:",),
     }  # fmt: skip
     return Extraction(**{**fields, **overrides})
 
