@@ -202,6 +202,8 @@ class ServerPool:
     async def _ask(self, server: Server, prompt: Sequence[int], sampling: SamplingParams) -> Completion:
         dialect = server.dialect
         assert dialect is not None  # noqa: S101 - prepared
+        if lacking := dialect.lacks(sampling):
+            raise ServerRefusedError(f"{server.url} does not know {lacking}; leave that out, or serve with vLLM")
         model = self.adapter.name if self.adapter else server.served
         body = request_body(model, prompt, sampling, dialect, self._renderer)
         try:

@@ -40,6 +40,12 @@ class Dialect:
         """Whether the ids that are sent and received are the ids that the model read and sampled."""
         return self.takes_ids and self.returns_ids
 
+    def lacks(self, sampling: SamplingParams) -> str:
+        """Which of the parameters cannot be said in it; "" for none."""
+        if self.extensions:
+            return ""
+        return "top_k" if sampling.top_k else "replies restricted to given actions" if sampling.choices else ""
+
 
 #: What is tried on a new server, the best first.
 DIALECTS = tuple(Dialect(takes_ids, extensions) for takes_ids in (True, False) for extensions in (True, False))
@@ -53,7 +59,7 @@ def check_url(url: str) -> str:
     """
     try:
         parts = urlsplit(url.strip())
-        good = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+        good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:
         parts, good = urlsplit(""), False
     if parts.username or parts.password:
@@ -71,9 +77,7 @@ def request_body(
     """The JSON of one request to `/completions`.
 
     Every sampling parameter is named, because servers fill in what is missing from the model's own defaults.
-
-    Raises:
-        ServerRefusedError: the server has no way to say one of the parameters.
+    What the dialect has no word for (`Dialect.lacks`) is left out.
     """
     body: dict[str, Any] = {
         "model": model,
@@ -99,9 +103,6 @@ def request_body(
         }
         if sampling.choices:
             body["structured_outputs"] = {"choice": list(sampling.choices)}
-    elif sampling.top_k or sampling.choices:
-        what = "top_k" if sampling.top_k else "replies restricted to admissible actions"
-        raise ServerRefusedError(f"the server of {model} does not know {what}; leave that out, or serve with vLLM")
     if not dialect.exact:
         body["stop"] = [renderer.tokenizer.decode([renderer.end_of_turn])]
     return body
