@@ -15,8 +15,8 @@ from torch import nn
 from agent.engines.base import Engine
 from agent.episode import Episode, SamplingParams
 from agent.renderer import Renderer
-from agent.rollout import play
 from distill.adapters import teacher_weights
+from distill.distributed import play
 from distill.errors import DistillConfigError
 from distill.packing import Sample
 from distill.source import Batch, Source, check_pair, deal, opening, step_seed

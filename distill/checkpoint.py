@@ -3,7 +3,8 @@
 A checkpoint is a folder `step-000010/` that appears whole or not at all. `manifest.json` names its base model, its
 parent, the knowledge it was taught, the configuration and the versions of the libraries. The newest one also holds
 the optimiser's tensors, and those of a teacher that moves, so that a killed run goes on from there and ends in the
-same state as an unbroken one.
+same state as an unbroken one. Nothing in it depends on how many processes trained it: they put what they share
+together, and the main one writes.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -24,10 +26,13 @@ from peft import PeftModel, set_peft_model_state_dict
 from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from distill.adapters import STUDENT
+from distill.distributed import from_main, is_main, like, whole
 from distill.errors import CheckpointError
+from distill.teacher import Teacher
 
 _OPTIMIZER = "optimizer.safetensors"
 _STATE = "trainer_state.json"
@@ -75,52 +80,86 @@ def save_checkpoint(
     seed: int,
     optimizer: torch.optim.Optimizer | None = None,
     state: Mapping[str, Any] | None = None,
-    teacher: Mapping[str, torch.Tensor] | None = None,
+    teacher: Mapping[str, Tensor] | None = None,
 ) -> Manifest:
-    """Write a checkpoint folder atomically and return its manifest. An existing folder of that name is replaced."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    for stale in folder.parent.glob(f".{folder.name}.*"):
-        shutil.rmtree(stale)
-    draft = folder.with_name(f".{folder.name}.{os.getpid()}")
-    draft.mkdir()
-    try:
-        save_weights(draft, model)
-        kind = "lora" if isinstance(model, PeftModel) else "full"
-        digest = hashlib.sha256(json.dumps([base_model, parent, knowledge, step, seed]).encode())
-        for weights in sorted(draft.glob("*.safetensors")):
-            digest.update(weights.read_bytes())
-        manifest = Manifest(
-            id=digest.hexdigest()[:16],
-            kind=kind,
-            model=base_model,
-            parent=parent,
-            knowledge=knowledge,
-            step=step,
-            config=config,
-            seed=seed,
-            versions=versions(),
-            created_at=datetime.now(UTC),
-        )
-        (draft / "manifest.json").write_text(manifest.model_dump_json(indent=2) + "\n")
-        if optimizer is not None:
-            save_file(_optimizer_tensors(optimizer), draft / _OPTIMIZER)
-            if teacher:
-                save_file({name: tensor.contiguous() for name, tensor in teacher.items()}, draft / _TEACHER)
-            (draft / _STATE).write_text(json.dumps({"step": step, **(state or {})}))
-        if folder.exists():
-            shutil.rmtree(folder)
-        draft.replace(folder)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
-    return manifest
+    """Write a checkpoint folder atomically and return its manifest. An existing folder of that name is replaced.
+
+    Every process calls it, the main one writes.
+    """
+    weights = _whole_weights(model)
+    moments = {} if optimizer is None else _optimizer_tensors(optimizer)
+    followed = {name: whole(tensor).contiguous() for name, tensor in (teacher or {}).items()}
+
+    def write() -> Manifest:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        for stale in folder.parent.glob(f".{folder.name}.*"):
+            shutil.rmtree(stale)
+        draft = folder.with_name(f".{folder.name}.{os.getpid()}")
+        draft.mkdir()
+        try:
+            _write_weights(draft, model, weights)
+            digest = hashlib.sha256(json.dumps([base_model, parent, knowledge, step, seed]).encode())
+            for file in sorted(draft.glob("*.safetensors")):
+                digest.update(file.read_bytes())
+            manifest = Manifest(
+                id=digest.hexdigest()[:16],
+                kind="lora" if isinstance(model, PeftModel) else "full",
+                model=base_model,
+                parent=parent,
+                knowledge=knowledge,
+                step=step,
+                config=config,
+                seed=seed,
+                versions=versions(),
+                created_at=datetime.now(UTC),
+            )
+            (draft / "manifest.json").write_text(manifest.model_dump_json(indent=2) + "\n")
+            if optimizer is not None:
+                save_file(moments, draft / _OPTIMIZER)
+                if followed:
+                    save_file(followed, draft / _TEACHER)
+                (draft / _STATE).write_text(json.dumps({"step": step, **(state or {})}))
+            if folder.exists():
+                shutil.rmtree(folder)
+            draft.replace(folder)
+        except BaseException:
+            shutil.rmtree(draft, ignore_errors=True)
+            raise
+        return manifest
+
+    return from_main(write)
 
 
 def save_weights(folder: Path, model: nn.Module) -> None:
-    """Write the student's adapter, or all weights of a plain model, as any engine loads them."""
-    adapter = {"selected_adapters": [STUDENT]} if isinstance(model, PeftModel) else {}
-    cast(Any, model).save_pretrained(folder, safe_serialization=True, **adapter)
+    """Write the student's adapter, or all weights of a plain model, as any engine loads them.
+
+    Every process calls it, the main one writes.
+    """
+    weights = _whole_weights(model)
+    from_main(lambda: _write_weights(folder, model, weights))
+
+
+def _write_weights(folder: Path, model: nn.Module, weights: dict[str, Tensor] | None) -> None:
+    options: dict[str, Any] = {"selected_adapters": [STUDENT]} if isinstance(model, PeftModel) else {}
+    if weights is not None:
+        options["state_dict"] = weights
+    cast(Any, model).save_pretrained(folder, safe_serialization=True, **options)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's model-card template says nothing of this model
+
+
+def _whole_weights(model: nn.Module) -> dict[str, Tensor] | None:
+    """What a sharded model has to write, put together in the main process; None for one that lies here whole."""
+    parameters = dict(model.named_parameters())
+    if not any(isinstance(parameter, DTensor) for parameter in parameters.values()):
+        return None
+    found = {}
+    for name, parameter in parameters.items():
+        if isinstance(model, PeftModel) and not ("lora_" in name and f".{STUDENT}." in name):
+            continue
+        tensor = whole(parameter.detach())
+        if is_main():
+            found[name] = tensor.cpu()
+    return found
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -140,34 +179,46 @@ def latest_resumable(run: Path) -> Path | None:
     return max((p.parent for p in run.glob(f"step-*/{_STATE}")), default=None, key=lambda p: p.name)
 
 
-def restore(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
-) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Load weights and optimiser of a resumable checkpoint into `model` and `optimizer`.
-
-    Returns:
-        The saved state, and the tensors of the teacher (none unless it moves).
+def restore_weights(folder: Path, model: nn.Module, teacher: Teacher) -> dict[str, Any]:
+    """Load the weights of a resumable checkpoint into `model`, and those of a teacher that moves; the saved state.
 
     Raises:
         CheckpointError: a file is missing or damaged.
     """
-    try:
+    with _resuming(folder):
         load_weights(folder, model)
-        tensors = load_file(folder / _OPTIMIZER)
-        teacher = load_file(folder / _TEACHER) if (folder / _TEACHER).exists() else {}
+        followed = load_file(folder / _TEACHER) if (folder / _TEACHER).exists() else {}
         state = cast(dict[str, Any], json.loads((folder / _STATE).read_text()))
+    teacher.restore(followed)
+    return state
+
+
+def restore_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> None:
+    """Load the optimiser's tensors of a resumable checkpoint, sharded as its parameters are.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
+    with _resuming(folder):
+        tensors = load_file(folder / _OPTIMIZER)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    blob = optimizer.state_dict()
+    restored: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        index, key = name.split(".", 1)
+        restored.setdefault(int(index), {})[key] = like(tensor, parameters[int(index)])
+    blob["state"] = restored
+    optimizer.load_state_dict(blob)
+
+
+@contextmanager
+def _resuming(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except (OSError, SafetensorError, ValueError) as error:
         raise CheckpointError(
             f"{folder} cannot be resumed from: {error}; delete it to go on from an older one"
         ) from error
-    blob = optimizer.state_dict()
-    restored: dict[int, dict[str, torch.Tensor]] = {}
-    for name, tensor in tensors.items():
-        index, key = name.split(".", 1)
-        restored.setdefault(int(index), {})[key] = tensor
-    blob["state"] = restored
-    optimizer.load_state_dict(blob)
-    return state, teacher
 
 
 def load_weights(folder: Path, model: nn.Module) -> None:
@@ -175,7 +226,7 @@ def load_weights(folder: Path, model: nn.Module) -> None:
     if isinstance(model, PeftModel):
         set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
         return
-    tensors: dict[str, torch.Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for shard in sorted(folder.glob("model*.safetensors")):
         tensors |= load_file(shard)
     missing = model.load_state_dict(tensors, strict=False).missing_keys
@@ -191,9 +242,9 @@ def drop_trainer_state(folder: Path) -> None:
     (folder / _TEACHER).unlink(missing_ok=True)
 
 
-def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return {
-        f"{index}.{key}": value.contiguous()
+        f"{index}.{key}": whole(value).contiguous()
         for index, entry in optimizer.state_dict()["state"].items()
         for key, value in entry.items()
         if isinstance(value, torch.Tensor)

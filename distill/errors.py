@@ -21,3 +21,7 @@ class DivergedError(EngrainError):
 
 class CheckpointError(UsageError):
     """A checkpoint folder is missing, damaged, or belongs to another base model or run."""
+
+
+class ProcessFailedError(EngrainError):
+    """Another process of the run failed; this one stops with it."""

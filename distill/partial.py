@@ -14,6 +14,7 @@ from agent.engines.base import Engine
 from agent.episode import Episode, SamplingParams
 from agent.renderer import Renderer
 from agent.rollout import request_seed
+from distill.distributed import generate
 from distill.errors import DistillConfigError
 from distill.packing import Sample
 from distill.source import Batch, check_pair, deal, opening, step_seed
@@ -89,7 +90,7 @@ class PrefixSource:
             )
             for place, prefix in enumerate(prefixes)
         ]
-        replies = self.engine.generate([prefix.student_prompt for prefix in prefixes], sampling)
+        replies = generate(self.engine, [prefix.student_prompt for prefix in prefixes], sampling)
         samples = []
         for prefix, reply in zip(prefixes, replies, strict=True):
             if reply.token_ids and reply.exact:

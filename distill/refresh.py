@@ -10,6 +10,7 @@ from torch import nn
 
 from agent.engines.base import Engine
 from distill.checkpoint import save_weights
+from distill.distributed import from_main, gather, is_main
 from distill.source import Batch, Source
 
 
@@ -19,6 +20,7 @@ class RefreshedSource:
     A sync is a folder `sync-000010/` in the run's folder, named after the step, so that an engine which caches by path
     or name sees a new one; the one before is deleted. A run that starts or resumes syncs at once: with checkpoints only
     at multiples of `every` (DistillConfig sees to that), a resumed run samples from the weights an unbroken one would.
+    With several processes each has an engine of its own, or one that they may all refresh.
 
     Args:
         source: samples from `engine`.
@@ -40,14 +42,18 @@ class RefreshedSource:
         return replace(self.source(step), staleness=step - self.synced)
 
     def _sync(self, step: int) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        older = list(self.folder.glob("sync-*"))
         folder = self.folder / f"sync-{step:06d}"
-        if folder.exists():
-            shutil.rmtree(folder)
+
+        def clear() -> list[Path]:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if folder.exists():
+                shutil.rmtree(folder)
+            return list(self.folder.glob("sync-*"))
+
+        older = from_main(clear)
         save_weights(folder, self.model)
         self.engine.load(folder)
         self.synced = step
-        for old in older:
-            if old != folder:
-                shutil.rmtree(old)
+        gather(None)  # nobody reads the one before any more
+        for old in older if is_main() else ():
+            shutil.rmtree(old)

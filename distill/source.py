@@ -14,7 +14,7 @@ from typing import TypeVar
 from agent.engines.base import Engine
 from agent.episode import Episode, Message, SamplingParams
 from agent.renderer import Renderer
-from agent.rollout import play
+from distill.distributed import play
 from distill.errors import DistillConfigError
 from distill.packing import Sample
 from envs.base import Task

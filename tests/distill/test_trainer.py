@@ -19,8 +19,8 @@ from distill.monitor import Guard, GuardConfig, StepMetrics, distinct_n, leak_ra
 from distill.objective import forward_kl
 from distill.packing import Sample
 from distill.source import Batch, OnPolicySource, check_pair, deal, make_sample
+from distill.tally import Tally
 from distill.teacher import FrozenTeacher
-from distill.trainer import _Sums
 
 TIMES = {name for name in StepMetrics.model_fields if name.startswith("seconds_")}
 TIMES |= {"tokens_per_second", "peak_memory_bytes"}
@@ -34,7 +34,7 @@ def test_the_gradient_is_that_of_the_formula_on_unpadded_full_logits(make_traine
                 weight.normal_(std=0.3, generator=torch.Generator().manual_seed(1))
     batch = trainer.source(0)
     model, tokens = trainer.student.model, sum(s.sampled for s in batch.samples)
-    trainer.loss(batch.samples, sequences=3, tokens=tokens, sums=_Sums()).backward()
+    trainer.loss(batch.samples, sequences=3, tokens=tokens, tally=Tally()).backward()
     ours = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     total = torch.zeros(())
