@@ -25,6 +25,10 @@ class ModelLoadError(UsageError):
     """A model folder is broken or incomplete; the message names it and the fault."""
 
 
+class MissingPackageError(UsageError):
+    """An optional package is not installed, or does not import; the message says how to get it."""
+
+
 class ServerRefusedError(UsageError):
     """A server's URL, model name or key is wrong, or it cannot do what was asked of it; the message names the URL."""
 
