@@ -15,11 +15,12 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
+from agent.constraint import Restriction
 from agent.engines.base import Completion
 from agent.engines.folders import check_folder, identity, is_adapter
 from agent.engines.server_client import RejectedError
 from agent.engines.server_pool import Adapter, ServerPool
-from agent.engines.server_wire import check_url
+from agent.engines.server_wire import Wire, check_url
 from agent.episode import SamplingParams
 from agent.errors import CheckpointError, ContextLengthError, ServerFailedError, ServerRefusedError
 from agent.renderer import Renderer
@@ -71,6 +72,7 @@ class ServerEngine:
         self.checkpoint: str | None = None
         self.tokenizer = tokenizer
         self.renderer = Renderer(tokenizer)
+        self._wire = Wire(self.renderer)
         checked = list(dict.fromkeys(map(check_url, urls)))
         if not checked:
             raise ServerRefusedError("no server URL was given; give for instance http://127.0.0.1:8000/v1")
@@ -86,7 +88,7 @@ class ServerEngine:
                     checked,
                     name=name,
                     aliases=aliases,
-                    renderer=self.renderer,
+                    wire=self._wire,
                     api_key=api_key,
                     in_flight=in_flight,
                     timeout=timeout,
@@ -120,6 +122,7 @@ class ServerEngine:
 
         Raises:
             ContextLengthError: a prompt plus its max_tokens exceeds max_context.
+            ConstraintError: a prompt's choices cannot be written with the model's tokens.
             ServerFailedError: no server answered for `patience` seconds.
             EngrainError: one of the requests failed; the others are given up.
         """
@@ -141,6 +144,7 @@ class ServerEngine:
 
         Raises:
             ContextLengthError: the prompt plus its max_tokens exceeds max_context.
+            ConstraintError: the choices cannot be written with the model's tokens.
         """
         self._check(prompt, sampling)
         self._numbers += 1
@@ -229,6 +233,8 @@ class ServerEngine:
                 f"a prompt of {len(prompt)} tokens plus {sampling.max_tokens} to sample exceeds the "
                 f"{self.max_context} tokens of {self.model}; shorten the knowledge or lower max_tokens"
             )
+        if sampling.choices:
+            Restriction(self._wire.vocabulary, sampling.choices)
 
     def _start(self, work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
         return asyncio.run_coroutine_threadsafe(work, self._loop)

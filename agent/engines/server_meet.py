@@ -14,15 +14,14 @@ from agent.engines.server_wire import (
     PROBE,
     BadAnswerError,
     Dialect,
+    Wire,
     prompt_ids,
-    request_body,
     sampled_ids,
     the_choice,
     top_logprob,
 )
 from agent.episode import SamplingParams
 from agent.errors import ServerRefusedError
-from agent.renderer import Renderer
 
 logger = logging.getLogger(__name__)
 
@@ -57,13 +56,13 @@ class Meeting:
     Args:
         name: the model's name as the user gave it.
         aliases: other names or paths under which a server may list it.
-        renderer: the model's own.
+        wire: reads and writes for that model.
     """
 
     client: Client
     name: str
     aliases: Sequence[str]
-    renderer: Renderer
+    wire: Wire
 
     async def check(self, server: Server) -> frozenset[str]:
         """See that a server has the model; on the first time, learn what it understands. The names that it lists.
@@ -128,7 +127,7 @@ class Meeting:
         sampling = SamplingParams(max_tokens=1, seed=0)
         refused: RejectedError | None = None
         for dialect in DIALECTS:
-            body = request_body(server.served, self._probe_ids, sampling, dialect, self.renderer)
+            body = self.wire.request(server.served, self._probe_ids, sampling, dialect)
             if dialect.extensions:
                 body["logprobs"] = 5
             try:
@@ -143,7 +142,7 @@ class Meeting:
     async def _compare(self, server: Server, dialect: Dialect, answer: object) -> None:
         """Refuse a server that reads text as other ids than we do, or reports tempered log-probabilities."""
         sampling = SamplingParams(max_tokens=1, seed=0, temperature=0.25)
-        body = request_body(server.served, self._probe_ids, sampling, dialect, self.renderer)
+        body = self.wire.request(server.served, self._probe_ids, sampling, dialect)
         again = await self.client.json("POST", f"{server.url}/completions", body | {"prompt": PROBE, "logprobs": 5})
         ids = prompt_ids(again)
         if ids is not None and ids != self._probe_ids:
@@ -159,4 +158,4 @@ class Meeting:
 
     @property
     def _probe_ids(self) -> list[int]:
-        return list(self.renderer.tokenizer(PROBE, add_special_tokens=False)["input_ids"])
+        return list(self.wire.renderer.tokenizer(PROBE, add_special_tokens=False)["input_ids"])

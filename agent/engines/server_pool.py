@@ -19,10 +19,9 @@ from pathlib import Path
 from agent.engines.base import Completion
 from agent.engines.server_client import AwayError, Client, RejectedError
 from agent.engines.server_meet import Meeting, Server
-from agent.engines.server_wire import BadAnswerError, read_completion, request_body
+from agent.engines.server_wire import BadAnswerError, Wire
 from agent.episode import SamplingParams
 from agent.errors import ContextLengthError, EngineFailedError, ServerFailedError, ServerRefusedError
-from agent.renderer import Renderer
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +44,7 @@ class ServerPool:
         urls: base URLs, checked ones, such as `http://127.0.0.1:8000/v1`.
         name: the model's name for messages.
         aliases: names under which a server may list the model.
-        renderer: the model's own.
+        wire: reads and writes for the model.
         api_key: sent as a bearer token; "" sends none.
         in_flight: the most requests under way on one server.
         timeout: seconds that one completion may take.
@@ -59,7 +58,7 @@ class ServerPool:
         *,
         name: str,
         aliases: Sequence[str],
-        renderer: Renderer,
+        wire: Wire,
         api_key: str,
         in_flight: int,
         timeout: float,
@@ -69,8 +68,8 @@ class ServerPool:
         self.servers = [Server(url) for url in urls]
         self.adapter: Adapter | None = None
         self._client = Client(api_key, timeout)
-        self._meeting = Meeting(self._client, name, aliases, renderer)
-        self._renderer, self._in_flight, self._patience = renderer, in_flight, patience
+        self._meeting = Meeting(self._client, name, aliases, wire)
+        self._wire, self._in_flight, self._patience = wire, in_flight, patience
         self._random = random.Random(seed)  # noqa: S311 - not for secrets
         self._freed = asyncio.Event()
         self._last_success = float("-inf")
@@ -205,14 +204,14 @@ class ServerPool:
         if lacking := dialect.lacks(sampling):
             raise ServerRefusedError(f"{server.url} does not know {lacking}; leave that out, or serve with vLLM")
         model = self.adapter.name if self.adapter else server.served
-        body = request_body(model, prompt, sampling, dialect, self._renderer)
+        body = self._wire.request(model, prompt, sampling, dialect)
         try:
             answer = await self._client.json("POST", f"{server.url}/completions", body)
         except RejectedError as error:
             if error.status == 404:  # started anew, without our adapter
                 raise AwayError(str(error)) from error
             raise
-        return read_completion(answer, prompt, sampling, dialect, self._renderer)
+        return self._wire.completion(answer, prompt, sampling, dialect)
 
     async def _prepare_all(self) -> dict[str, str]:
         """Prepare every server that is not ready; reasons of those that are away, by URL."""

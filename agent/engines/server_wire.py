@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 from urllib.parse import urlsplit
 
+from agent.constraint import Vocabulary, allowed_ids
 from agent.engines.base import Completion
 from agent.episode import FinishReason, SamplingParams
-from agent.errors import ServerRefusedError
+from agent.errors import ConstraintError, ServerRefusedError
 from agent.renderer import Renderer
 
 #: Text in which different vocabularies differ: scripts, digits, white space, code.
@@ -71,79 +73,100 @@ def check_url(url: str) -> str:
     return url.strip().rstrip("/")
 
 
-def request_body(
-    model: str, prompt: Sequence[int], sampling: SamplingParams, dialect: Dialect, renderer: Renderer
-) -> dict[str, Any]:
-    """The JSON of one request to `/completions`.
+class Wire:
+    """Writes requests and reads answers for one model; `renderer` is the model's own."""
 
-    Every sampling parameter is named, because servers fill in what is missing from the model's own defaults.
-    What the dialect has no word for (`Dialect.lacks`) is left out.
-    """
-    body: dict[str, Any] = {
-        "model": model,
-        "prompt": list(prompt) if dialect.takes_ids else spelled(prompt, renderer),
-        "max_tokens": sampling.max_tokens,
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "presence_penalty": 0.0,
-        "frequency_penalty": 0.0,
-    }
-    if sampling.seed is not None:
-        body["seed"] = sampling.seed
-    if dialect.extensions:
-        body |= {
-            "top_k": sampling.top_k,
-            "min_p": 0.0,
-            "repetition_penalty": 1.0,
-            "stop_token_ids": sorted(renderer.stop_ids),
-            "add_special_tokens": False,
-            "logprobs": 0,
-            "return_token_ids": True,
-            "return_tokens_as_token_ids": True,
+    def __init__(self, renderer: Renderer) -> None:
+        self.renderer = renderer
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """What restricted replies are checked with."""
+        return Vocabulary(self.renderer.tokenizer)
+
+    def request(self, model: str, prompt: Sequence[int], sampling: SamplingParams, dialect: Dialect) -> dict[str, Any]:
+        """The JSON of one request to `/completions`.
+
+        Every sampling parameter is named, because servers fill in what is missing from the model's own defaults.
+        What the dialect has no word for (`Dialect.lacks`) is left out.
+        """
+        body: dict[str, Any] = {
+            "model": model,
+            "prompt": list(prompt) if dialect.takes_ids else self._spelled(prompt),
+            "max_tokens": sampling.max_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
         }
+        if sampling.seed is not None:
+            body["seed"] = sampling.seed
+        if dialect.extensions:
+            body |= {
+                "top_k": sampling.top_k,
+                "min_p": 0.0,
+                "repetition_penalty": 1.0,
+                "stop_token_ids": sorted(self.vocabulary.ends if sampling.choices else self.renderer.stop_ids),
+                "add_special_tokens": False,
+                "logprobs": 0,
+                "return_token_ids": True,
+                "return_tokens_as_token_ids": True,
+            }
+            if sampling.choices:
+                body["structured_outputs"] = {"choice": list(dict.fromkeys(sampling.choices))}
+        if not dialect.exact:
+            body["stop"] = [self.renderer.tokenizer.decode([self.renderer.end_of_turn])]
+        return body
+
+    def completion(
+        self, answer: object, prompt: Sequence[int], sampling: SamplingParams, dialect: Dialect
+    ) -> Completion:
+        """What the server sampled.
+
+        From a server that gives ids these are taken as they are, and checked: they must be as many as the
+        log-probabilities, sampled after this very prompt, and within the choices of a restricted reply. From any
+        other one the text is encoded, and `Completion.exact` is False.
+
+        Raises:
+            BadAnswerError: the answer has not the form, or the ids do not fit.
+        """
+        choice = the_choice(answer)
+        finish = _finish(choice)
+        if not dialect.exact:
+            return self._of_text(choice.get("text"), sampling, finish, _cached(answer))
+        ids = sampled_ids(choice)
+        if ids is None:
+            raise BadAnswerError("the answer has no token ids")
+        echoed = choice.get("prompt_token_ids")
+        if echoed is not None and echoed != list(prompt):
+            raise BadAnswerError("the answer belongs to other prompt ids than those that were sent")
+        logprobs = (choice.get("logprobs") or {}).get("token_logprobs")
+        if not isinstance(logprobs, list) or not all(isinstance(p, int | float) for p in logprobs):
+            raise BadAnswerError("the answer has no log-probabilities")
+        if not 0 < len(ids) <= sampling.max_tokens or len(ids) != len(logprobs):
+            raise BadAnswerError(
+                f"the answer has {len(ids)} token ids and {len(logprobs)} log-probabilities for at most "
+                f"{sampling.max_tokens} tokens"
+            )
         if sampling.choices:
-            body["structured_outputs"] = {"choice": list(sampling.choices)}
-    if not dialect.exact:
-        body["stop"] = [renderer.tokenizer.decode([renderer.end_of_turn])]
-    return body
+            try:
+                allowed_ids(self.vocabulary, sampling.choices, ids)
+            except ConstraintError as error:
+                raise BadAnswerError(f"the reply is not one of those it was restricted to: {error}") from error
+        return Completion(tuple(ids), tuple(map(float, logprobs)), finish, _cached(answer))
 
-
-def read_completion(
-    answer: object, prompt: Sequence[int], sampling: SamplingParams, dialect: Dialect, renderer: Renderer
-) -> Completion:
-    """What the server sampled.
-
-    From a server that gives ids these are taken as they are, and checked: they must be as many as the
-    log-probabilities, in the vocabulary, and sampled after this very prompt. From any other one the text is
-    encoded, and `Completion.exact` is False.
-
-    Raises:
-        BadAnswerError: the answer has not the form, or the ids do not fit.
-    """
-    choice = the_choice(answer)
-    finish = _finish(choice)
-    cached = _cached(answer)
-    if not dialect.exact:
-        text = choice.get("text")
+    def _of_text(self, text: object, sampling: SamplingParams, finish: FinishReason, cached: int) -> Completion:
         if not isinstance(text, str):
             raise BadAnswerError("the answer has no text")
-        ids = renderer.reencode(text, finish is FinishReason.STOP)[: sampling.max_tokens]
+        if sampling.choices and text not in sampling.choices:
+            raise BadAnswerError(f"the reply {text!r} is not one of those it was restricted to")
+        ids = self.renderer.reencode(text, finish is FinishReason.STOP)[: sampling.max_tokens]
         return Completion(tuple(ids), (0.0,) * len(ids), finish, cached, exact=False)
-    found = sampled_ids(choice)
-    if found is None:
-        raise BadAnswerError("the answer has no token ids")
-    echoed = choice.get("prompt_token_ids")
-    if echoed is not None and echoed != list(prompt):
-        raise BadAnswerError("the answer belongs to other prompt ids than those that were sent")
-    logprobs = (choice.get("logprobs") or {}).get("token_logprobs")
-    if not isinstance(logprobs, list) or not all(isinstance(p, int | float) for p in logprobs):
-        raise BadAnswerError("the answer has no log-probabilities")
-    if not 0 < len(found) <= sampling.max_tokens or len(found) != len(logprobs):
-        raise BadAnswerError(
-            f"the answer has {len(found)} token ids and {len(logprobs)} log-probabilities for at most "
-            f"{sampling.max_tokens} tokens"
-        )
-    return Completion(tuple(found), tuple(map(float, logprobs)), finish, cached)
+
+    def _spelled(self, prompt: Sequence[int]) -> str:
+        """A prompt as text, special tokens included, for servers that take no ids."""
+        decode = self.renderer.tokenizer.decode
+        return str(decode(list(prompt), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 def sampled_ids(choice: Mapping[str, Any]) -> list[int] | None:
@@ -161,11 +184,6 @@ def sampled_ids(choice: Mapping[str, Any]) -> list[int] | None:
     if not isinstance(found, list) or not all(type(i) is int and i >= 0 for i in found):
         raise BadAnswerError("the answer's token ids are not numbers")
     return found
-
-
-def spelled(prompt: Sequence[int], renderer: Renderer) -> str:
-    """A prompt as text, special tokens included, for servers that take no ids."""
-    return str(renderer.tokenizer.decode(list(prompt), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 def top_logprob(answer: object) -> float | None:

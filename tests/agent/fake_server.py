@@ -19,11 +19,14 @@ Fault = int | bytes | str | float | Callable[[dict[str, Any]], None]
 class FakeServer:
     """Samples from a hash of the prompt, the seed and the model's name: vLLM as far as our engine looks.
 
-    `faults` are used up one a completion. Whatever arrives is kept in `requests`, with its path.
+    `faults` are used up one a completion. While `gate` is closed no completion is answered. Whatever arrives is kept in
+    `requests`, with its path.
     """
 
-    def __init__(self, tokenizer: Any, *, model: str = "fake", port: int = 0, delay: float = 0.0) -> None:
-        self.tokenizer, self.model, self.delay = tokenizer, model, delay
+    def __init__(self, tokenizer: Any, *, model: str = "fake", port: int = 0) -> None:
+        self.tokenizer, self.model = tokenizer, model
+        self.gate = threading.Event()
+        self.gate.set()
         self.end = tokenizer.convert_tokens_to_ids("<|im_end|>")
         self.max_model_len: int | None = 4096
         self.key = ""
@@ -32,8 +35,7 @@ class FakeServer:
         self.adapters: dict[str, str] = {}
         self.faults: list[Fault] = []
         self.requests: list[tuple[str, dict[str, Any]]] = []
-        self.arrivals: list[float] = []
-        self.running = self.most_running = 0
+        self.running = 0
         self._lock = threading.Lock()
         self._port = port
         self.start()
@@ -65,11 +67,15 @@ class FakeServer:
             daemon_threads = True
             request_queue_size = 256
 
+            def process_request(self, request: Any, client_address: Any) -> None:
+                outer._connections.add(request)
+                super().process_request(request, client_address)
+
             def handle_error(self, *args: Any) -> None: ...
 
+        self._connections: set[socket.socket] = set()
         self._http = Quiet(("127.0.0.1", self._port), Handler)
         self._port = self._http.server_address[1]
-        self._connections: set[socket.socket] = set()
         threading.Thread(target=self._http.serve_forever, args=(0.01,), daemon=True).start()
 
     def stop(self) -> None:
@@ -82,7 +88,6 @@ class FakeServer:
         self.adapters.clear()
 
     def handle(self, http: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
-        self._connections.add(http.connection)
         with self._lock:
             self.requests.append((http.path, body))
         if self.key and http.headers.get("Authorization") != f"Bearer {self.key}":
@@ -108,11 +113,10 @@ class FakeServer:
     def complete(self, http: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
         with self._lock:
             self.running += 1
-            self.most_running = max(self.most_running, self.running)
-            self.arrivals.append(time.monotonic())
             fault = self.faults.pop(0) if self.faults and body["max_tokens"] > 1 else None
         try:
-            time.sleep(fault if isinstance(fault, float) else self.delay)
+            time.sleep(fault if isinstance(fault, float) else 0.0)
+            self.gate.wait(60.0)
             if isinstance(fault, int):
                 return self.reply(http, fault, {"error": {"message": f"told to say {fault}"}})
             if isinstance(fault, bytes):

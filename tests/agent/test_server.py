@@ -8,7 +8,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +74,13 @@ def adapter_folder(path: Path, content: bytes = b"weights") -> Path:
     (path / "adapter_config.json").write_text("{}")
     (path / "adapter_model.safetensors").write_bytes(content)
     return path
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, "waited for a minute"
+        time.sleep(0.005)
 
 
 class Say(Env):
@@ -250,7 +256,7 @@ def test_patience_ends_in_one_line_that_names_the_server(serve: Any, connect: An
     start = time.monotonic()
     with pytest.raises(ServerFailedError) as caught:
         engine.generate(prompts_of(engine, 100), [SAMPLING] * 100)
-    assert 0.5 <= time.monotonic() - start < 5
+    assert 0.5 <= time.monotonic() - start < 60
     assert server.url in str(caught.value)
     assert "\n" not in str(caught.value)
     server.start()  # nothing is broken for good
@@ -267,8 +273,7 @@ def test_a_request_that_only_itself_fails_is_told_from_a_dead_server(serve: Any,
     )
     number = engine.submit(bad, SAMPLING)
     found: list[Any] = []
-    deadline = time.monotonic() + 20
-    while not found and time.monotonic() < deadline:
+    while not found:
         engine.generate([good], [SAMPLING])
         found = engine.poll()
     ((name, error),) = found
@@ -278,13 +283,12 @@ def test_a_request_that_only_itself_fails_is_told_from_a_dead_server(serve: Any,
 
 
 def test_a_killed_server_costs_nothing_that_was_played(serve: Any, connect: Any) -> None:
-    server = serve(delay=0.01)
+    server = serve()
     engine = connect(server, in_flight=4)
     seen: list[str] = []
 
     def kill_and_restart() -> None:
-        while len(seen) < 10:
-            time.sleep(0.005)
+        wait_for(lambda: len(seen) >= 5)
         server.stop()
         time.sleep(0.5)
         server.start()
@@ -292,7 +296,7 @@ def test_a_killed_server_costs_nothing_that_was_played(serve: Any, connect: Any)
     thread = threading.Thread(target=kill_and_restart, daemon=True)
     thread.start()
     episodes = play(
-        tasks_of(40),
+        tasks_of(20),
         engine,
         sampling=SAMPLING,
         namespace="test",
@@ -301,42 +305,64 @@ def test_a_killed_server_costs_nothing_that_was_played(serve: Any, connect: Any)
         batch=8,
     )
     thread.join()
-    assert len(seen) == 40
+    assert len(seen) == 20
     assert set(Counter(seen).values()) == {1}
     assert all(e.stop_reason is StopReason.DONE and e.exact and e.sampled for e in episodes)
-    calm = play(tasks_of(40), engine, sampling=SAMPLING, namespace="test", make_env=Say)
+    calm = play(tasks_of(20), engine, sampling=SAMPLING, namespace="test", make_env=Say)
     assert [e.token_ids for e in calm] == [e.token_ids for e in episodes]
 
 
 def test_the_bound_on_requests_holds_and_is_reached(serve: Any, connect: Any) -> None:
-    server = serve(delay=0.05)
+    server = serve()
     engine = connect(server, in_flight=7)
-    engine.generate(prompts_of(engine, 40), [SAMPLING] * 40)
-    assert server.most_running == 7
+    server.gate.clear()
+    for prompt in prompts_of(engine, 40):
+        engine.submit(prompt, SAMPLING)
+    wait_for(lambda: server.running == 7)
+    time.sleep(0.2)
+    assert len(server.completions) == 7
+    server.gate.set()
+    while engine.pending:
+        engine.poll(5.0)
+    assert len(server.completions) == 40
 
 
 def test_work_goes_where_least_is_outstanding(serve: Any, connect: Any) -> None:
-    slow, quick = serve(delay=0.4), serve(delay=0.02)
+    slow, quick = serve(), serve()
     engine = connect(slow, quick, in_flight=4)
-    engine.generate(prompts_of(engine, 60), [SAMPLING] * 60)
-    assert len(slow.completions) + len(quick.completions) == 60
-    assert 4 <= len(slow.completions) < 20
+    slow.gate.clear()
+    for prompt in prompts_of(engine, 60):
+        engine.submit(prompt, SAMPLING)
+    while engine.pending > 4:
+        engine.poll(5.0)
+    assert len(slow.completions) == 4
+    assert len(quick.completions) == 56
+    slow.gate.set()
+    while engine.pending:
+        engine.poll(5.0)
+    assert len(slow.completions) == 4
 
 
 def test_long_requests_count_for_more(serve: Any, connect: Any) -> None:
-    one, two = serve(delay=0.3), serve(delay=0.3)
+    one, two = serve(), serve()
     engine = connect(one, two)
-    long, short = SamplingParams(max_tokens=1000), SamplingParams(max_tokens=10)
-    engine.generate(prompts_of(engine, 21), [long] + [short] * 20)
-    busy, other = sorted((one, two), key=lambda server: len(server.completions))
+    one.gate.clear()
+    two.gate.clear()
+    (prompt,) = prompts_of(engine, 1)
+    for max_tokens in [1000] + [10] * 20:
+        engine.submit(prompt, SamplingParams(max_tokens=max_tokens))
+    wait_for(lambda: one.running + two.running == 21)
+    busy, other = sorted((one, two), key=lambda server: server.running)
     assert [body["max_tokens"] for body in busy.completions] == [1000]
-    assert len(other.completions) == 20
+    assert other.running == 20
+    one.gate.set()
+    two.gate.set()
 
 
 def test_a_dead_server_of_two_is_passed_over_and_comes_back(
     serve: Any, connect: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    one, two = serve(), serve(delay=0.01)
+    one, two = serve(), serve()
     one.stop()
     engine = connect(one, two, in_flight=2)
     assert one.url in caplog.text
@@ -344,10 +370,8 @@ def test_a_dead_server_of_two_is_passed_over_and_comes_back(
     assert len(engine.generate(prompts, [SAMPLING] * 30)) == 30
     assert len(two.completions) == 30
     one.start()
-    deadline = time.monotonic() + 20
-    while not one.completions and time.monotonic() < deadline:
+    while not one.completions:
         engine.generate(prompts, [SAMPLING] * 30)
-    assert one.completions
 
 
 @pytest.mark.parametrize(
@@ -487,10 +511,11 @@ def test_a_checkpoint_that_cannot_be_loaded_changes_nothing(serve: Any, connect:
     server.lora = False
     with pytest.raises(CheckpointError, match="VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"):
         engine.load(broken)
-    server.delay = 0.3
+    server.gate.clear()
     engine.submit(prompt, SAMPLING)
     with pytest.raises(CheckpointError, match="1 requests are under way"):
         engine.load(None)
+    server.gate.set()
 
 
 def test_adapters_of_ours_leave_with_us(serve: Any, connect: Any, tmp_path: Path) -> None:
@@ -527,16 +552,28 @@ def test_what_a_text_server_says_is_played_but_not_trained_on(
         engine.generate([[1]], [SamplingParams(top_k=5)])
 
 
+def test_restricted_replies_are_checked(serve: Any, connect: Any) -> None:
+    server = serve()
+    engine = connect(server)
+    prompt = [1, 2]
+    said, *_ = (engine.renderer.decode(server.sample(prompt, 5, 32, "fake")[0]),)
+    within = SAMPLING.model_copy(update={"choices": ("north", said, "north")})
+    assert engine.renderer.decode(engine.generate([prompt], [within])[0].token_ids) == said
+    assert server.completions[0]["structured_outputs"] == {"choice": ["north", said]}
+    without = SAMPLING.model_copy(update={"choices": ("north", "south")})
+    with pytest.raises(EngineFailedError, match="not one of those it was restricted to"):
+        engine.generate([prompt], [without])  # the server ignores what it does not know
+
+
 def test_streaming_returns_each_request_once(serve: Any, connect: Any) -> None:
-    server = serve(delay=0.05)
+    server = serve()
     engine = connect(server, in_flight=8)
     prompts = prompts_of(engine, 30)
-    start = time.monotonic()
+    server.gate.clear()
     numbers = {engine.submit(prompt, SAMPLING): prompt for prompt in prompts}
-    assert engine.poll() == []
-    assert engine.poll(0.001) == []
-    assert time.monotonic() - start < 1.0
+    assert engine.poll() == engine.poll(0.01) == []
     assert engine.pending == 30
+    server.gate.set()
     found: dict[int, Completion] = {}
     while engine.pending:
         for number, completion in engine.poll(5.0):
@@ -546,19 +583,22 @@ def test_streaming_returns_each_request_once(serve: Any, connect: Any) -> None:
     assert {n: c.token_ids for n, c in found.items()} == {
         n: tuple(server.sample(p, 5, 32, "fake")[0]) for n, p in numbers.items()
     }
-    assert engine.poll(5.0) == []  # at once: nothing is under way
-    assert time.monotonic() - start < 4.0
+    start = time.monotonic()
+    assert engine.poll(30.0) == []  # at once: nothing is under way
+    assert time.monotonic() - start < 15.0
 
 
 def test_requests_that_are_given_up_do_not_come_back(serve: Any, connect: Any) -> None:
-    server = serve(delay=0.1)
+    server = serve()
     engine = connect(server)
+    server.gate.clear()
     one, two, three = (engine.submit(prompt, SAMPLING) for prompt in prompts_of(engine, 3))
     engine.cancel([one, three, 999])
     assert engine.pending == 1
+    server.gate.set()
     engine.generate(prompts_of(engine, 1), [SAMPLING])
-    assert [number for number, _ in engine.poll(5.0)] == [two]
-    assert engine.poll(0.2) == []
+    assert [number for number, _ in engine.poll(30.0)] == [two]
+    assert engine.poll(0.1) == []
 
 
 def test_a_dead_server_ends_polling(serve: Any, connect: Any) -> None:
@@ -625,24 +665,22 @@ def test_errors_are_read_in_all_their_shapes() -> None:
     assert error_text(b"x" * 1000) == "x" * 300 + " …"
 
 
-def test_failures_are_not_counted_once_a_request(serve: Any, connect: Any) -> None:
-    """Fifty requests that die together are one failure of the server: the wait after it is the first one."""
-    server = serve(delay=0.3)
+def test_requests_that_die_together_are_one_failure(serve: Any, connect: Any) -> None:
+    server = serve()
     engine = connect(server)
+    server.gate.clear()
     for prompt in prompts_of(engine, 50):
         engine.submit(prompt, SAMPLING)
-    deadline = time.monotonic() + 10
-    while server.running < 50 and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_for(lambda: server.running == 50)
+    (known,) = engine._pool.servers
+    server_pool._FIRST_WAIT = 0.5  # time to look before the next try
     server.stop()
-    deadline = time.monotonic() + 10
-    while not (failures := engine._pool.servers[0].failures) and time.monotonic() < deadline:
-        time.sleep(0.001)
-    time.sleep(0.005)
-    assert failures == 1
-    server.delay = 0.0
+    wait_for(lambda: known.failures)
+    time.sleep(0.1)
+    assert known.failures == 1
+    server.gate.set()
     server.start()
     while engine.pending:
-        assert engine.poll(20.0)
-    gaps = [b - a for a, b in pairwise(sorted(server.arrivals))]
-    assert max(gaps) < 5.0
+        engine.poll(20.0)
+    assert known.failures == 0
+    assert len(server.completions) == 100
