@@ -16,7 +16,6 @@ import numpy as np
 from sqlalchemy import Dialect, String, Text
 from sqlalchemy.types import TypeDecorator
 
-
 _LEVEL = 1  # zlib's fastest: what it leaves larger is a few percent of a store
 
 

@@ -137,10 +137,10 @@ class Database:
         self.close()
 
     @contextmanager
-    def _read(self) -> Iterator[sa.Connection]:
-        """A connection for reading one consistent state."""
+    def _read(self, isolation: Any = None) -> Iterator[sa.Connection]:
+        """A connection for reading; on PostgreSQL only `isolation` makes several queries see one state."""
         with self._translated(), self._engine.connect() as connection:
-            yield connection
+            yield connection.execution_options(isolation_level=isolation) if isolation else connection
 
     @contextmanager
     def _write(self) -> Iterator[sa.Connection]:

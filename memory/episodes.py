@@ -170,9 +170,14 @@ def _canonical(value: Any) -> str:
     return json.dumps(value, sort_keys=True)
 
 
+def text_digest(text: str) -> str:
+    """The 32 hex digits that a text is stored under."""
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+
 def _keep(text: str, texts: dict[str, str]) -> str:
     """Note a text to be stored and return the digest it is stored under."""
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+    digest = text_digest(text)
     texts[digest] = text
     return digest
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import sqlalchemy as sa
@@ -75,7 +75,7 @@ class ItemTable(Database):
                     for number, episode in enumerate(dict.fromkeys(episodes))
                 ]
                 self._insert_rows(connection, ItemSourceRow, sources)
-                _count_support(connection, [id_])
+                count_support(connection, [id_])
         return self.item(id_)
 
     def item(self, id: str) -> Item:
@@ -110,6 +110,7 @@ class ItemTable(Database):
         status: ItemStatus | str | None = None,
         flag: str | None = None,
         search: str | None = None,
+        ids: Sequence[str] | None = None,
         by: Order = "support",
         limit: int | None = None,
         offset: int = 0,
@@ -120,6 +121,7 @@ class ItemTable(Database):
             status: only these.
             flag: only those with this mark.
             search: only those whose text holds this, in any case.
+            ids: only these.
             by: `support` puts those that most episodes taught first, `effect` those that help most (never measured
                 ones last), `latest` those learned last.
             limit: at most this many.
@@ -130,6 +132,8 @@ class ItemTable(Database):
             query = query.where(ItemRow.status == ItemStatus(status).value)
         if flag is not None:
             query = query.where(ItemRow.id.in_(sa.select(ItemFlagRow.item_id).where(ItemFlagRow.flag == flag)))
+        if ids is not None:
+            query = query.where(ItemRow.id.in_(ids))
         if search is not None:
             query = query.where(ItemRow.text.icontains(search, autoescape=True))
         order: dict[str, list[Any]] = {
@@ -227,7 +231,7 @@ class ItemTable(Database):
             flag = {"item_id": duplicate, "flag": "merged", "other": into, "note": "", "who": who, "at": now()}
             self._insert_rows(connection, ItemFlagRow, [flag])
             self._log(connection, "item", into, "merged", who, why, {"duplicate": duplicate})
-            _count_support(connection, [into])
+            count_support(connection, [into])
         return self.item(into)
 
     def reword_item(self, id: str, text: str, who: str, why: str) -> Item:
@@ -301,7 +305,7 @@ def _flags(connection: sa.Connection, ids: Iterable[str]) -> dict[str, list[Item
     return flags
 
 
-def _count_support(connection: sa.Connection, ids: Iterable[str]) -> None:
+def count_support(connection: sa.Connection, ids: Iterable[str]) -> None:
     """Bring the columns that follow from sources up to date."""
     learned = sa.select(ItemSourceRow).where(ItemSourceRow.item_id == ItemRow.id, ItemSourceRow.recalled.is_(False))
     support = learned.with_only_columns(sa.func.count(sa.distinct(ItemSourceRow.episode_id))).scalar_subquery()

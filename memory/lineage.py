@@ -257,29 +257,32 @@ class LineageTable(Database):
         knowledge: str | None = None,
         env: str | None = None,
         split: str | None = None,
+        names: Sequence[str] | None = None,
+        results: bool = True,
     ) -> list[EvaluationRecord]:
-        """Evaluations with their results, oldest first. A filter that is None lets all pass."""
+        """Evaluations, oldest first. A filter that is None lets all pass; `results` False leaves single tasks out."""
         filters = {
             "round_id": round_id, "name": name, "checkpoint": checkpoint, "knowledge": knowledge, "env": env,
             "split": split,
         }  # fmt: skip
-        return self._evaluations(
-            *(getattr(EvaluationRow, key) == str(value) for key, value in filters.items() if value is not None)
-        )
+        conditions = [getattr(EvaluationRow, key) == str(value) for key, value in filters.items() if value is not None]
+        if names is not None:
+            conditions.append(EvaluationRow.name.in_(names))
+        return self._evaluations(*conditions, with_results=results)
 
-    def _evaluations(self, *conditions: sa.ColumnElement[bool]) -> list[EvaluationRecord]:
+    def _evaluations(self, *conditions: sa.ColumnElement[bool], with_results: bool = True) -> list[EvaluationRecord]:
         query = sa.select(EvaluationRow.__table__).where(*conditions)
         with self._read() as connection:
             query = query.order_by(EvaluationRow.created_at, EvaluationRow.id)
             rows = connection.execute(query).mappings().all()
-            results: dict[str, list[EvaluationResult]] = defaultdict(list)
-            for chunk in chunks((row["id"] for row in rows), _BATCH):
+            found: dict[str, list[EvaluationResult]] = defaultdict(list)
+            for chunk in chunks((row["id"] for row in rows if with_results), _BATCH):
                 query = sa.select(EvaluationResultRow.__table__)
                 query = query.where(EvaluationResultRow.evaluation_id.in_(chunk))
                 for row in connection.execute(query.order_by(EvaluationResultRow.position)).mappings():
                     result = EvaluationResult(**{key: row[key] for key in EvaluationResult.model_fields})
-                    results[row["evaluation_id"]].append(result)
-        return [EvaluationRecord(**row, results=tuple(results[row["id"]])) for row in rows]
+                    found[row["evaluation_id"]].append(result)
+        return [EvaluationRecord(**row, results=tuple(found[row["id"]])) for row in rows]
 
     def events(
         self,

@@ -1,6 +1,5 @@
 import pytest
 
-from memory.curate import admit
 from memory.errors import UnknownIdError
 from memory.normalise import item_id
 from memory.records import Extraction, ItemEffect, ItemStatus
@@ -29,8 +28,8 @@ def test_an_extraction_over_several_episodes_is_a_source_from_each(store, make_e
     store.add_extraction(found)
     assert store.extractions() == [found] == store.extractions(episode_id="e1") == store.extractions(episode_id="e0")
     assert store.extractions(episode_id="e3") == []
-    admit(store, [found])
-    (item,) = admit(store, [found])
+    for _ in range(2):
+        item = store.add_item("Knock first.", extraction=found)
     assert sorted(source.episode_id for source in item.sources) == ["e0", "e1", "e2"]
     assert item.support == store.item_rows()[0].support == 3
 

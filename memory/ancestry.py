@@ -1,0 +1,205 @@
+"""Where a checkpoint comes from: run, knowledge, items, extractions and episodes, and the checkpoints before it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import sqlalchemy as sa
+
+from memory.errors import UnknownIdError
+from memory.experience import ExperienceTable
+from memory.lineage import LineageTable
+from memory.records import (
+    CheckpointRecord,
+    EvaluationRecord,
+    ItemEffect,
+    ItemSummary,
+    Knowledge,
+    Record,
+    RunRecord,
+)
+from memory.schema import EpisodeRow, ExtractionRow, ItemSourceRow, KnowledgeItemRow
+
+SOURCES = 5  # sources that a lineage shows of each item, unless asked for more
+
+
+class Origin(Record):
+    """One source of an item with the episode and the extraction it came from; None where it was given by hand."""
+
+    item_id: str
+    text: str
+    recalled: bool
+    episode_id: str | None
+    extraction_id: str | None
+    mode: str | None
+    writer: str | None  # the model that wrote it
+    env: str | None
+    split: str | None
+    task_id: str | None
+    success: bool | None
+    round_id: str | None
+
+
+class ItemOrigin(Record):
+    """An item in a knowledge text: its place and wording there, and its sources, those that taught it first."""
+
+    position: int
+    wording: str
+    item: ItemSummary
+    sources: tuple[Origin, ...]
+
+
+class CheckpointLineage(Record):
+    """A checkpoint and all that it was made from; `parent` goes back to the base model."""
+
+    checkpoint: CheckpointRecord
+    run: RunRecord | None
+    training_episodes: int
+    training_solved: int
+    knowledge: Knowledge | None
+    items: tuple[ItemOrigin, ...]
+    evaluations: tuple[EvaluationRecord, ...]  # without the results of single tasks
+    parent: CheckpointLineage | None = None
+
+
+class Blame(Record):
+    """How an item came into a checkpoint: the training that taught it, and everything known about the item."""
+
+    checkpoint: str
+    item: ItemSummary
+    through: tuple[CheckpointLineage, ...]  # the checkpoints of the lineage that were trained on it, latest first
+    sources: tuple[Origin, ...]
+    effects: tuple[ItemEffect, ...]
+
+
+class AncestryTable(ExperienceTable, LineageTable):
+    """The part of the store that answers where things come from."""
+
+    def lineage(self, checkpoint: str, *, sources: int | None = SOURCES, generations: int = 100) -> CheckpointLineage:
+        """A checkpoint's tree, back to the episodes and through at most so many checkpoints before it.
+
+        Args:
+            checkpoint: its id.
+            sources: at most this many sources of each item; None is all.
+            generations: how many parents to follow.
+
+        Raises:
+            UnknownIdError: it is not stored.
+        """
+        chain = self._chain(checkpoint, generations)
+        below: CheckpointLineage | None = None
+        for record in reversed(chain):
+            below = self._lineage(record, sources).model_copy(update={"parent": below})
+        assert below is not None  # noqa: S101 - a chain holds at least the checkpoint
+        return below
+
+    def blame(self, checkpoint: str, item: str, *, sources: int | None = None) -> Blame:
+        """How an item came into a checkpoint or into one before it.
+
+        Raises:
+            UnknownIdError: one of them is not stored, or no training of the lineage had the item.
+        """
+        chain = self._chain(checkpoint, 100)
+        texts = [record.knowledge for record in chain if record.knowledge]
+        with self._read() as connection:
+            query = sa.select(KnowledgeItemRow.knowledge_id).where(
+                KnowledgeItemRow.item_id == item, KnowledgeItemRow.knowledge_id.in_(texts)
+            )
+            having = set(connection.execute(query).scalars())
+            found = self._origins(connection, [item], sources)[item]
+        summaries = self.item_rows(ids=[item])
+        if not summaries:
+            raise UnknownIdError(f"no item {item!r} in {self.url}")
+        if not having:
+            raise UnknownIdError(
+                f"checkpoint {checkpoint} and those before it were not trained on item {item}; "
+                f"`engrain memory lineage {checkpoint}` shows on what"
+            )
+        through = [self._lineage(record, 0) for record in chain if record.knowledge in having]
+        mine = [
+            level.model_copy(update={"items": tuple(place for place in level.items if place.item.id == item)})
+            for level in through
+        ]
+        effects = tuple(self.effects(item_id=item))
+        return Blame(
+            checkpoint=checkpoint, item=summaries[0], through=tuple(mine), sources=tuple(found), effects=effects
+        )
+
+    def _chain(self, checkpoint: str, generations: int) -> list[CheckpointRecord]:
+        """A checkpoint and those before it, as far as they are stored."""
+        chain = [self.checkpoint(checkpoint)]
+        seen = {checkpoint}
+        while (parent := chain[-1].parent) and parent not in seen and len(chain) <= generations:
+            seen.add(parent)
+            try:
+                chain.append(self.checkpoint(parent))
+            except UnknownIdError:
+                break
+        return chain
+
+    def _lineage(self, record: CheckpointRecord, sources: int | None) -> CheckpointLineage:
+        run = self._runs_by_id(record.run_id)
+        knowledge: Knowledge | None = None
+        if record.knowledge:
+            knowledge = next(iter(self._knowledge_by_id(record.knowledge)), None)
+        ids = [place.id for place in knowledge.items] if knowledge else []
+        with self._read() as connection:
+            played = sa.select(sa.func.count(), sa.func.sum(sa.cast(EpisodeRow.success, sa.Integer)))
+            episodes, solved = (0, 0)
+            if record.run_id:
+                episodes, solved = connection.execute(played.where(EpisodeRow.run_id == record.run_id)).one()
+            origins = self._origins(connection, ids, sources)
+        summaries = {row.id: row for row in self.item_rows(ids=ids)}
+        places = [
+            ItemOrigin(position=n, wording=place.text, item=summaries[place.id], sources=tuple(origins[place.id]))
+            for n, place in enumerate(knowledge.items if knowledge else (), 1)
+        ]
+        return CheckpointLineage(
+            checkpoint=record,
+            run=run,
+            training_episodes=episodes or 0,
+            training_solved=solved or 0,
+            knowledge=knowledge,
+            items=tuple(places),
+            evaluations=tuple(self.evaluations(checkpoint=record.id, results=False)),
+        )
+
+    def _runs_by_id(self, id: str | None) -> RunRecord | None:
+        if id is None:
+            return None
+        try:
+            return self.run(id)
+        except UnknownIdError:
+            return None
+
+    def _knowledge_by_id(self, id: str) -> list[Knowledge]:
+        try:
+            return [self.knowledge(id)]
+        except UnknownIdError:
+            return []
+
+    def _origins(self, connection: sa.Connection, items: list[str], limit: int | None) -> dict[str, list[Origin]]:
+        """The sources of items with their episodes: what was learned before what was recalled, oldest first."""
+        origins: dict[str, list[Origin]] = defaultdict(list)
+        if not items or limit == 0:
+            return origins
+        rank = sa.func.row_number().over(
+            partition_by=ItemSourceRow.item_id,
+            order_by=[ItemSourceRow.recalled, ItemSourceRow.created_at, ItemSourceRow.id],
+        )
+        ranked = sa.select(ItemSourceRow, rank.label("rank")).where(ItemSourceRow.item_id.in_(items)).subquery()
+        query = (
+            sa.select(
+                ranked.c.item_id, ranked.c.text, ranked.c.recalled, ranked.c.episode_id, ranked.c.extraction_id,
+                ExtractionRow.mode, ExtractionRow.model.label("writer"), EpisodeRow.env, EpisodeRow.split,
+                EpisodeRow.task_id, EpisodeRow.success, EpisodeRow.round_id,
+            )
+            .outerjoin(ExtractionRow, ExtractionRow.id == ranked.c.extraction_id)
+            .outerjoin(EpisodeRow, EpisodeRow.id == ranked.c.episode_id)
+            .order_by(ranked.c.item_id, ranked.c.rank)
+        )  # fmt: skip
+        if limit is not None:
+            query = query.where(ranked.c.rank <= limit)
+        for row in connection.execute(query).mappings():
+            origins[row["item_id"]].append(Origin(**row))
+        return origins
