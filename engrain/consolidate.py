@@ -1,8 +1,13 @@
-"""Stage 5: put together student, teacher, source and trainer on one copy of the base weights."""
+"""Stage 5: put together student, teacher, source and trainer on one copy of the base weights.
+
+Under `accelerate launch` every process trains. A script may call `consolidate` in each of them; or the main process
+alone does all the rest of a command, and the others `join` it, train what it trains, and leave when it says `dismiss`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,15 +19,31 @@ from distill.adapters import continue_lora
 from distill.backbone import Backbone
 from distill.baselines import MixedSource, TeacherSource
 from distill.config import DistillConfig
+from distill.distributed import from_main
 from distill.monitor import StepMetrics
+from distill.parallel import Sharded, current
 from distill.partial import PrefixSource
 from distill.refresh import RefreshedSource
-from distill.source import OnPolicySource, Source
+from distill.source import Batch, OnPolicySource, Source
 from distill.teacher import EmaTeacher, FrozenTeacher, check_vocabulary
+from distill.trackers import Tracker
 from distill.trainer import FitResult, Trainer
 from engrain.errors import EngineCannotTrainError
 from envs.base import Task
 from memory.records import CheckpointRecord, Knowledge
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What all processes must know of a training, in a form that can be sent."""
+
+    tasks: Sequence[Task]
+    knowledge: Knowledge
+    config: DistillConfig
+    folder: Path
+    parent: CheckpointRecord | None
+    episodes: Sequence[Episode] | None
+    sampled_elsewhere: bool
 
 
 def consolidate(
@@ -39,6 +60,7 @@ def consolidate(
     teacher: TransformersEngine | None = None,
     episodes: Sequence[Episode] | None = None,
     sampler: Engine | None = None,
+    tracker: Tracker | None = None,
 ) -> FitResult:
     """Distil `knowledge` into an adapter on the engine's base model, resuming what `folder` holds.
 
@@ -58,6 +80,10 @@ def consolidate(
         teacher: a second model that teaches, the one that `config.teacher` names.
         episodes: stored ones, whose replies the student gives anew; nothing is played on policy then.
         sampler: another engine that samples for the student, refreshed every `config.sync_every` steps.
+        tracker: told every step and validation, such as one of `distill.trackers`.
+
+    Of several processes the main one's arguments hold, and only its callbacks are called; `engine`, `teacher` and
+    `sampler` are each process's own.
 
     Raises:
         EngineCannotTrainError: full weights were asked for, which need a second copy and a plain model; the parent is
@@ -78,32 +104,86 @@ def consolidate(
         )
     if teacher is not None:
         check_vocabulary(engine.tokenizer, teacher.tokenizer)
+    job = from_main(lambda: _Job(tasks, knowledge, config, folder, parent, episodes, sampler is not None))
+    return _train(engine, job, teacher, sampler, validate, on_step, on_episode, tracker)
+
+
+def join(engine: TransformersEngine, teacher: TransformersEngine | None = None) -> None:
+    """In a process that is not the main one: train what that one trains, until it dismisses this one.
+
+    Raises:
+        EngineCannotTrainError: the main process has another engine sample, and this one has none.
+    """
+    while (job := from_main(_nothing)) is not None:
+        if job.sampled_elsewhere:
+            raise EngineCannotTrainError(
+                "several processes cannot share one sampling engine on the command line; use engrain.consolidate"
+            )
+        _train(engine, job, teacher)
+
+
+def dismiss() -> None:
+    """In the main process: let those that joined go."""
+    from_main(_nothing)
+
+
+def _nothing() -> _Job | None:
+    return None
+
+
+def _train(
+    engine: TransformersEngine,
+    job: _Job,
+    teacher: TransformersEngine | None,
+    sampler: Engine | None = None,
+    validate: Callable[[TransformersEngine, int], float] | None = None,
+    on_step: Callable[[StepMetrics], None] | None = None,
+    on_episode: Callable[[Episode], None] | None = None,
+    tracker: Tracker | None = None,
+) -> FitResult:
+    config, folder, parent = job.config, job.folder, job.parent
+    assert config.lora is not None  # noqa: S101 - checked by consolidate
+    validated = from_main(lambda: validate is not None)
+    parallel = current()
     engine.load(None)
     start = Path(parent.path) if parent else None
     student = continue_lora(engine.network, config.lora, config.seed, start, config.teacher_kind)
     try:
         own = TransformersEngine.wrap(student, engine.tokenizer, name=engine.model)
+        source = _source(own, job, on_episode, teacher, sampler)
+
+        def mark(step: int) -> None:
+            """Episodes say which weights played them."""
+            own.checkpoint = f"{folder.name}@{step}" if step else (parent.id if parent else None)
+
+        def sample(step: int) -> Batch:
+            mark(step)
+            return source(step)
+
+        def score(step: int) -> float:
+            assert validate is not None  # noqa: S101 - the main process's own
+            mark(step)
+            return validate(own, step)
+
         trainer = Trainer(
             student,
             _teacher(student, config, teacher),
-            _source(own, tasks, knowledge, config, folder, on_episode, teacher, episodes, sampler),
+            sample,
             config,
             folder,
             base_model=engine.model,
             parent=parent.id if parent else None,
-            knowledge=knowledge.id,
+            knowledge=job.knowledge.id,
             decode=own.renderer.decode,
+            parallel=parallel,
         )
-
-        def stepped(metrics: StepMetrics) -> None:
-            own.checkpoint = f"{folder.name}@{metrics.step}"
-            if on_step:
-                on_step(metrics)
-
-        own.checkpoint = f"{folder.name}@{trainer.start}" if trainer.start else (parent.id if parent else None)
-        return trainer.fit(validate=(lambda step: validate(own, step)) if validate else None, on_step=stepped)
+        return trainer.fit(validate=score if validated else None, on_step=on_step, tracker=tracker)
     finally:
-        student.unload()
+        if isinstance(parallel, Sharded):  # its layers are no plain modules any more
+            engine.close()
+            engine.load(None)
+        else:
+            student.unload()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -116,16 +196,13 @@ def _teacher(student: torch.nn.Module, config: DistillConfig, other: Transformer
 
 def _source(
     own: TransformersEngine,
-    tasks: Sequence[Task],
-    knowledge: Knowledge,
-    config: DistillConfig,
-    folder: Path,
+    job: _Job,
     on_episode: Callable[[Episode], None] | None,
     teacher: TransformersEngine | None,
-    episodes: Sequence[Episode] | None,
     sampler: Engine | None,
 ) -> Source:
     """The samples that `config.method` asks for."""
+    tasks, knowledge, config, folder, episodes = job.tasks, job.knowledge, job.config, job.folder, job.episodes
     by_student, context = config.on_policy_samples, min(own.max_context, (teacher or own).max_context)
     sources: list[Source] = []
     if by_student:

@@ -1,0 +1,258 @@
+"""Two gloo processes train as one does: replicated (DDP) and sharded (FSDP2), with uneven shares, and taken up by
+another number of processes.
+
+This file is launched as a script, once for each way; the tests compare what it wrote with what one process comes to.
+(`accelerate launch` starts several processes on a CPU only through MPI, so torch's launcher stands in for it, with the
+environment that `accelerate launch` sets.)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from agent.episode import Episode, SamplingParams
+from distill.baselines import MixedSource, TeacherSource
+from distill.checkpoint import read_manifest
+from distill.config import DistillConfig, LoraSettings
+from distill.distributed import from_main, in_shares, rank, world
+from distill.errors import DistillConfigError
+from distill.monitor import GuardConfig, StepMetrics
+from distill.packing import Sample
+from distill.parallel import Replicated, current
+from distill.source import OnPolicySource
+from distill.teacher import EmaTeacher, FrozenTeacher
+from distill.trainer import FitResult, Trainer
+
+#: What cannot be equal: how long it took and what it needed.
+OWN = {name for name in StepMetrics.model_fields if name.startswith("seconds_")}
+OWN |= {"tokens_per_second", "peak_memory_bytes"}
+
+#: Batches of 3, each sample a pass of its own, give two processes 2 passes and 1; a batch of 1 leaves one with none.
+CASES: dict[str, dict[str, Any]] = {
+    "lora": {"micro_batch_tokens": 1},
+    "one-sample": {"batch_size": 1, "normalize": "token", "gradient_checkpointing": True},
+    "mixed-ema": {"method": "mixed", "on_policy_fraction": 0.3, "teacher_kind": "ema", "ema_rate": 0.3},
+    "full": {"lora": None, "learning_rate": 1e-3, "method": "sft"},
+}
+
+
+class Killed(Exception):
+    pass
+
+
+def train(
+    model: Path, folder: Path, case: str, *, cut: bool = False, told: list[Episode] | None = None
+) -> tuple[Trainer, FitResult | None]:
+    """A case's run, in as many processes as this one is of; `cut` ends it after the checkpoint of step 2."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from agent.engines.transformers import TransformersEngine
+    from distill.adapters import continue_lora
+    from distill.backbone import Backbone
+    from envs import registry
+    from envs.base import Split
+
+    defaults = {"steps": 4, "batch_size": 3, "learning_rate": 1e-2, "save_every": 2, "micro_batch_tokens": 200}
+    config = DistillConfig(
+        **{"lora": LoraSettings(rank=4), **defaults, **CASES[case]},
+        sampling=SamplingParams(max_tokens=6),
+        guard=GuardConfig(rising_steps=None, min_entropy_ratio=None, min_distinct_ratio=None),
+    )
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    student = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    teaching: Any = student
+    if config.lora:
+        student = teaching = continue_lora(student, config.lora, 0, None, config.teacher_kind)
+    else:
+        teaching = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    engine = TransformersEngine.wrap(student, tokenizer, name="tiny")
+    tasks = registry.world("math", {"convention": "answer_tag"}).tasks(Split.TRAIN, 12, 0)
+    told = [] if told is None else told
+    text = "Experience from earlier tasks. Follow it:\n- Reply with one digit."
+    shared: dict[str, Any] = {"sampling": config.sampling, "seed": 0, "on_episode": told.append}
+    mine, size = config.on_policy_samples, config.batch_size
+    sources: list[Any] = []
+    if mine:
+        sources.append(OnPolicySource(tasks, engine, text, batch_size=mine, **shared))
+    if mine < size:
+        taught = {"knowledge_id": "k", "model": student, "batch_size": size - mine}
+        sources.append(TeacherSource(tasks, engine, text, **taught, **shared))
+    source = MixedSource(*sources)
+
+    def until_killed(step: int):
+        if cut and step == 2:
+            raise Killed
+        return source(step)
+
+    own = Backbone(teaching)
+    trainer = Trainer(
+        student,
+        EmaTeacher(own, config.ema_rate) if config.teacher_kind == "ema" else FrozenTeacher(own),
+        until_killed,
+        config,
+        folder / case,
+        base_model="tiny",
+        knowledge="k",
+        decode=engine.renderer.decode,
+    )
+    try:
+        return trainer, trainer.fit(validate=lambda step: float(engine.network.training) + step)
+    except Killed:
+        return trainer, None
+
+
+def worker(model: Path, folder: Path) -> None:
+    """What each of the two processes does."""
+    current()
+    facts: dict[str, Any] = {"failed": failure(), "refused": refusals()}
+    for case in CASES:
+        told: list[Episode] = []
+        trainer, fit = train(model, folder, case, told=told)
+        assert fit is not None
+        facts[case] = report(trainer, fit) | {"episodes": len(told)}
+    train(model, folder / "from-two", "mixed-ema", cut=True)
+    trainer, fit = train(model, folder / "from-one", "mixed-ema")
+    assert fit is not None
+    facts["from-one"] = report(trainer, fit)
+    from_main(lambda: (folder / "facts.json").write_text(json.dumps(facts)))
+
+
+def report(trainer: Trainer, fit: FitResult) -> dict[str, Any]:
+    how = {"way": type(trainer.parallel).__name__, "processes": world(), "start": trainer.start}
+    history = [metrics.model_dump(exclude=OWN) for metrics in fit.history]
+    return how | {"history": history, "validation": list(fit.validation.items()), "last": str(fit.last)}
+
+
+def refusals() -> list[str]:
+    """What is said to processes that start apart, and to those that were launched as FSDP 1."""
+    said = []
+    torch.manual_seed(rank())
+    with pytest.raises(DistillConfigError) as refused:
+        current().adopt(torch.nn.Linear(2, 2))
+    said.append(str(refused.value))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_FSDP", "true")
+        patch.setenv("FSDP_VERSION", "1")
+        with pytest.raises(DistillConfigError) as refused:
+            current()
+    return [*said, str(refused.value)]
+
+
+def failure() -> str:
+    """What the other process hears when the second one fails in its share."""
+
+    def share(mine: list[int]) -> list[int]:
+        if 1 in mine:
+            raise ValueError("no room")
+        return mine
+
+    try:
+        in_shares([0, 1], share)
+    except Exception as error:
+        return str(error)
+    return "nothing"
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model, tiny_tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model(initializer_range=0.2).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """What one process reports of each case."""
+    folder = tmp_path_factory.mktemp("one")
+    return {case: report(*train(model, folder, case)) for case in CASES}  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module", params=["ddp", "fsdp2"])
+def together(request, model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, dict[str, Any]]:
+    """Which way, the runs' folder, and what the two processes reported."""
+    folder = tmp_path_factory.mktemp(request.param)
+    train(model, folder / "from-one", "mixed-ema", cut=True)
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "ACCELERATE_MIXED_PRECISION": "no"}
+    environment |= {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    if request.param == "fsdp2":
+        environment |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launch, __file__, str(model), str(folder)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return (
+        {"ddp": "Replicated", "fsdp2": "Sharded"}[request.param],
+        folder,
+        json.loads((folder / "facts.json").read_text()),
+    )
+
+
+def same(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    """Two reports agree in every number of every step, in validation and in the weights, up to rounding."""
+    assert len(ours["history"]) == len(theirs["history"]) == 4
+    for one, other in zip(map(dict, ours["history"]), map(dict, theirs["history"]), strict=True):
+        assert one.pop("objective") == other.pop("objective")
+        assert one == pytest.approx(other, rel=1e-4)
+    assert ours["validation"] == [list(entry) for entry in theirs["validation"]]
+    folders = [Path(report["last"]) for report in (ours, theirs)]
+    assert read_manifest(folders[0]).step == read_manifest(folders[1]).step == 4
+    files = {file.name for file in folders[1].iterdir()}
+    assert {file.name for file in folders[0].iterdir()} == files
+    for name in sorted(file for file in files if file.endswith("model.safetensors")):
+        tensors, expected = (load_file(folder / name) for folder in folders)
+        assert {k: v.shape for k, v in tensors.items()} == {k: v.shape for k, v in expected.items()}
+        for key, tensor in tensors.items():
+            # Adam takes a full step on a gradient that is nothing but rounding; few weights have such
+            torch.testing.assert_close(tensor, expected[key], rtol=1e-3, atol=2e-3)
+            assert (tensor - expected[key]).abs().mean() < 2e-5
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_train_as_one(together, alone, case: str) -> None:
+    way, _, facts = together
+    assert (facts[case]["way"], facts[case]["processes"]) == (way, 2)
+    same(facts[case], alone[case])
+    assert facts[case]["episodes"] == 4 * CASES[case].get("batch_size", 3)  # told once, by the main process
+
+
+def test_a_run_goes_on_in_another_number_of_processes(together, alone, model: Path) -> None:
+    _, folder, facts = together
+    assert facts["from-one"]["start"] == 2
+    same(facts["from-one"], alone["mixed-ema"])
+    trainer, fit = train(model, folder / "from-two", "mixed-ema")
+    assert fit is not None
+    back = report(trainer, fit)
+    assert (back["start"], back["way"]) == (2, "Alone")
+    same(json.loads(json.dumps(back)), alone["mixed-ema"])
+
+
+def test_a_process_that_fails_and_processes_that_differ_are_named(together) -> None:
+    _, _, facts = together
+    assert facts["failed"] == "process 1 failed: no room"
+    assert "process 1 starts from other weights" in facts["refused"][0]
+    assert "--fsdp_version 2" in facts["refused"][1]
+
+
+def test_shares_are_balanced_by_tokens_and_lose_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = [10, 3, 4, 3]
+    samples = [Sample(str(i), (1,), (1,), (2,) * n, (True,) * n) for i, n in enumerate(lengths)]
+    monkeypatch.setattr("distill.parallel.world", lambda: 2)
+    shares = []
+    for number in range(2):
+        monkeypatch.setattr("distill.parallel.rank", lambda number=number: number)
+        shares.append([sample.episode_id for sample in Replicated().share(samples)])
+    assert shares == [["0"], ["1", "2", "3"]]
+
+
+if __name__ == "__main__":
+    worker(Path(sys.argv[1]), Path(sys.argv[2]))
