@@ -9,6 +9,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from distill.attention import IMPLEMENTATION, Layout
 from distill.errors import UnsupportedModelError
 from distill.packing import Packed, Sample, attention_mask, pack
 
@@ -31,6 +32,12 @@ class Backbone:
         self.config: Any = base.config.get_text_config(decoder=True)
         self._head = head
         self._base = base
+        kinds = set(getattr(self.config, "layer_types", None) or ())
+        slides = getattr(self.config, "sliding_window", None) is not None and not kinds
+        if self.config._attn_implementation == "sdpa" and kinds <= {"full_attention"} and not slides:
+            self.config._attn_implementation = IMPLEMENTATION
+            if check and self._difference() > self._tolerance:  # it keeps the layout from its attention layers
+                self.config._attn_implementation = "sdpa"
         if check:
             self._check()
 
@@ -47,12 +54,18 @@ class Backbone:
     def hidden(self, packed: Packed, prefix: DynamicCache | None = None) -> Tensor:
         """Last hidden states of a packed row, T x D, continuing `prefix` if given (which grows by the row)."""
         cached = prefix.get_seq_length() if prefix is not None else 0
+        attention: dict[str, Any]
+        if self.config._attn_implementation == IMPLEMENTATION:  # four dimensions: transformers hands such a mask on
+            unread = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)
+            attention = {"attention_mask": unread, "layout": Layout(packed.sequences, cached)}
+        else:
+            attention = {"attention_mask": self._masks(packed, cached)}
         output = self.decoder(
             input_ids=packed.input_ids_1T,
             position_ids=packed.position_ids_1T,
-            attention_mask=self._masks(packed, cached),
             past_key_values=prefix,
             use_cache=prefix is not None,
+            **attention,
         )
         return cast(Tensor, output.last_hidden_state[0])
 
@@ -72,8 +85,21 @@ class Backbone:
             "sliding_attention": attention_mask(packed, prefix=prefix, window=window),
         }
 
+    @property
+    def _tolerance(self) -> float:
+        return 0.05 if self.head_VD.dtype in (torch.bfloat16, torch.float16) else 1e-3
+
     def _check(self) -> None:
-        """Two short sequences, packed, must give the logits that the model itself gives for each alone."""
+        difference = self._difference()
+        if not difference <= self._tolerance:
+            raise UnsupportedModelError(
+                f"{type(self._base).__name__}: its logits are not its output head applied to packed hidden states "
+                f"(relative difference {difference:.2g}); soft-capped, scaled or recurrent models are not supported"
+            )
+
+    @torch.no_grad()
+    def _difference(self) -> float:
+        """How far the logits of two short sequences, packed, lie from those the model itself gives for each alone."""
         size = self.head_VD.shape[0]
         first, second = ([(7 * i + 3) % size for i in range(n)] for n in (5, 4))
         samples = [
@@ -81,17 +107,10 @@ class Backbone:
         ]
         was_training = self.model.training
         self.model.eval()
-        with torch.no_grad():
-            packed = pack([s.student_prompt for s in samples], samples, device=self.device)
-            ours = self.hidden(packed).to(self.head_VD.dtype) @ self.head_VD.T
-            theirs = torch.cat(
-                [self.model(input_ids=torch.tensor([ids], device=self.device)).logits[0] for ids in (first, second)]
-            )
+        packed = pack([s.student_prompt for s in samples], samples, device=self.device)
+        ours = self.hidden(packed).to(self.head_VD.dtype) @ self.head_VD.T
+        theirs = torch.cat(
+            [self.model(input_ids=torch.tensor([ids], device=self.device)).logits[0] for ids in (first, second)]
+        )
         self.model.train(was_training)
-        tolerance = 0.05 if self.head_VD.dtype in (torch.bfloat16, torch.float16) else 1e-3
-        difference = (ours - theirs).float().abs().max() / theirs.float().abs().max().clamp(min=1e-6)
-        if not difference <= tolerance:
-            raise UnsupportedModelError(
-                f"{type(self._base).__name__}: its logits are not its output head applied to packed hidden states "
-                f"(relative difference {difference:.2g}); soft-capped, scaled or recurrent models are not supported"
-            )
+        return float((ours - theirs).float().abs().max() / theirs.float().abs().max().clamp(min=1e-6))

@@ -21,7 +21,7 @@ negative); `topk` adds the missing tail as one bucket, which makes it a lower bo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -148,29 +148,43 @@ class Overlap:
     shared_mass_P: Tensor  # sum_v min(s, t): 1 where they are equal, 0 where they are disjoint
 
 
-#: (student log-probs CV of a chunk, its place among the positions) -> (d C, g CV, the fields of Overlap, each C)
-_Score = Callable[[Tensor, slice], tuple[Tensor, Tensor, tuple[Tensor, ...]]]
+#: (student log-probs RV of some rows, their probabilities, the teacher's logits RV or None, their place among the
+#: positions) -> (d R, g RV, the fields of Overlap, each R)
+_Score = Callable[[Tensor, Tensor, Tensor | None, slice], tuple[Tensor, Tensor, tuple[Tensor, ...]]]
 
 
 class _Chunked(torch.autograd.Function):
-    """Hidden states and output head in, scores out; the gradient of the hidden states is made on the way."""
+    """Hidden states and output heads in, scores out; the gradient of the hidden states is made on the way.
+
+    A chunk of positions at a time is multiplied with the heads (a matrix product wants many rows). What follows goes
+    through it a few rows at a time, such that they stay in the processor's cache.
+    """
 
     @staticmethod
-    def forward(ctx: Any, hidden_PD: Tensor, weight_VD: Tensor, score: _Score, chunk: int) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any,
+        hidden_PD: Tensor,
+        weight_VD: Tensor,
+        hidden_t_PD: Tensor | None,
+        weight_t_VD: Tensor | None,
+        score: _Score,
+        chunk: int,
+    ) -> tuple[Tensor, Tensor]:
         size = hidden_PD.shape[0]
         d_P = hidden_PD.new_empty(size, dtype=torch.float32)
         stats_KP = hidden_PD.new_empty(len(fields(Overlap)), size, dtype=torch.float32)
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         grad_PD = torch.empty_like(hidden_PD) if needs_hidden else None
-        for start in range(0, size, chunk):
-            part = slice(start, start + chunk)
-            logp_CV = _log_probs(hidden_PD[part], weight_VD)
-            d_P[part], g_CV, stats = score(logp_CV, part)
-            for row, values in enumerate(stats):
-                stats_KP[row, part] = values
+        for part, logits_CV, rows in _chunks(hidden_PD, weight_VD, hidden_t_PD, weight_t_VD, score, chunk):
+            for place, here, grad_RV, d_R, stats in rows:
+                d_P[place] = d_R
+                for row, values in enumerate(stats):
+                    stats_KP[row, place] = values
+                if grad_PD is not None:
+                    logits_CV[here] = grad_RV  # the rows' logits are not needed any more
             if grad_PD is not None:
-                grad_PD[part] = _grad_logits(logp_CV, g_CV).to(weight_VD.dtype) @ weight_VD
-        ctx.save_for_backward(grad_PD, *((hidden_PD, weight_VD) if needs_weight else ()))
+                grad_PD[part] = logits_CV @ weight_VD
+        ctx.save_for_backward(grad_PD, *((hidden_PD, weight_VD, hidden_t_PD, weight_t_VD) if needs_weight else ()))
         ctx.score, ctx.chunk = score if needs_weight else None, chunk
         ctx.mark_non_differentiable(stats_KP)
         return d_P, stats_KP
@@ -182,45 +196,82 @@ class _Chunked(torch.autograd.Function):
         grad_hidden = None if grad_PD is None else grad_PD * upstream_P[:, None].to(grad_PD.dtype)
         grad_weight = None
         if rest:  # a trained output head: the upstream weights are only known now, so the chunks are made again
-            hidden_PD, weight_VD = rest
+            hidden_PD, weight_VD, hidden_t_PD, weight_t_VD = rest
             grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32)
-            for start in range(0, hidden_PD.shape[0], ctx.chunk):
-                part = slice(start, start + ctx.chunk)
-                logp_CV = _log_probs(hidden_PD[part], weight_VD)
-                _, g_CV, _ = ctx.score(logp_CV, part)
-                grad_logits = _grad_logits(logp_CV, g_CV) * upstream_P[part, None]
-                grad_weight += grad_logits.to(weight_VD.dtype).T @ hidden_PD[part].to(weight_VD.dtype)
+            again = _chunks(hidden_PD, weight_VD, hidden_t_PD, weight_t_VD, ctx.score, ctx.chunk)
+            for part, logits_CV, rows in again:
+                for place, here, grad_RV, _, _ in rows:
+                    logits_CV[here] = grad_RV * upstream_P[place, None]
+                grad_weight += logits_CV.T @ hidden_PD[part].to(weight_VD.dtype)
             grad_weight = grad_weight.to(weight_VD.dtype)
-        return grad_hidden, grad_weight, None, None
+        return grad_hidden, grad_weight, None, None, None, None
 
 
-def _overlap(logp_s_CV: Tensor, logp_t_CV: Tensor) -> tuple[Tensor, ...]:
-    """The fields of Overlap for a chunk."""
-    s_CV, t_CV = logp_s_CV.exp(), logp_t_CV.exp()
+#: A row's place among the positions and within its chunk, its gradient in the logits, its d and its Overlap.
+_Row = tuple[slice, slice, Tensor, Tensor, tuple[Tensor, ...]]
+
+
+def _chunks(
+    hidden_PD: Tensor,
+    weight_VD: Tensor,
+    hidden_t_PD: Tensor | None,
+    weight_t_VD: Tensor | None,
+    score: _Score,
+    chunk: int,
+) -> Iterator[tuple[slice, Tensor, Iterator[_Row]]]:
+    """Each chunk's place, the student's logits there, and its rows scored a few at a time. Buffers are used again."""
+    buffers = [w.new_empty(min(chunk, len(hidden_PD)), len(w)) for w in (weight_VD, weight_t_VD) if w is not None]
+    for start in range(0, len(hidden_PD), chunk):
+        part = slice(start, min(start + chunk, len(hidden_PD)))
+        logits_CV = _logits(hidden_PD[part], weight_VD, buffers[0])
+        logits_t_CV = None
+        if hidden_t_PD is not None and weight_t_VD is not None:
+            logits_t_CV = _logits(hidden_t_PD[part], weight_t_VD, buffers[1])
+        yield part, logits_CV, _rows(logits_CV, logits_t_CV, score, start)
+
+
+def _rows(logits_CV: Tensor, logits_t_CV: Tensor | None, score: _Score, start: int) -> Iterator[_Row]:
+    step = _cached_rows(logits_CV)
+    for first in range(0, len(logits_CV), step):
+        here = slice(first, min(first + step, len(logits_CV)))
+        place = slice(start + here.start, start + here.stop)
+        logp_RV = _log_probs(logits_CV[here])
+        s_RV = logp_RV.exp()
+        d_R, g_RV, stats = score(logp_RV, s_RV, None if logits_t_CV is None else logits_t_CV[here], place)
+        # g - p sum(g), the gradient in the student's logits
+        yield place, here, torch.addcmul(g_RV, s_RV, g_RV.sum(-1, keepdim=True), value=-1), d_R, stats
+
+
+def _logits(hidden_CD: Tensor, weight_VD: Tensor, buffer_CV: Tensor) -> Tensor:
+    return torch.mm(hidden_CD.to(weight_VD.dtype), weight_VD.T, out=buffer_CV[: len(hidden_CD)])
+
+
+def _log_probs(logits_RV: Tensor) -> Tensor:
+    """In float32 (float64 stays)."""
+    return torch.log_softmax(logits_RV, dim=-1, dtype=torch.promote_types(logits_RV.dtype, torch.float32))
+
+
+def _overlap(logp_s_RV: Tensor, s_RV: Tensor, logp_t_RV: Tensor) -> tuple[Tensor, ...]:
+    """The fields of Overlap for some rows."""
+    t_RV = logp_t_RV.exp()
     return (
-        -(s_CV * logp_s_CV).sum(-1),
-        -(t_CV * logp_t_CV).sum(-1),
-        t_CV.gather(-1, logp_s_CV.argmax(-1, keepdim=True)).squeeze(-1),
-        s_CV.gather(-1, logp_t_CV.argmax(-1, keepdim=True)).squeeze(-1),
-        torch.minimum(s_CV, t_CV).sum(-1),
+        -torch.linalg.vecdot(s_RV, logp_s_RV),
+        -torch.linalg.vecdot(t_RV, logp_t_RV),
+        t_RV.gather(-1, logp_s_RV.argmax(-1, keepdim=True)).squeeze(-1),
+        s_RV.gather(-1, logp_t_RV.argmax(-1, keepdim=True)).squeeze(-1),
+        torch.minimum(s_RV, t_RV).sum(-1),
     )
 
 
-def _log_probs(hidden_CD: Tensor, weight_VD: Tensor) -> Tensor:
-    """Log-probabilities of a chunk in float32 (float64 stays): the product in the head's dtype, the rest in full."""
-    logits_CV = hidden_CD.to(weight_VD.dtype) @ weight_VD.T
-    wide = torch.promote_types(logits_CV.dtype, torch.float32)
-    return torch.log_softmax(logits_CV, dim=-1, dtype=wide)
+def chunk_size(weight_VD: Tensor, budget_bytes: int = 64 * 2**20) -> int:
+    """Positions a chunk so that student's and teacher's logits fit the budget."""
+    return max(1, budget_bytes // (2 * weight_VD.element_size() * weight_VD.shape[0]))
 
 
-def _grad_logits(logp_CV: Tensor, g_CV: Tensor) -> Tensor:
-    """g - p sum(g), the gradient in the student's logits."""
-    return torch.addcmul(g_CV, logp_CV.exp(), g_CV.sum(-1, keepdim=True), value=-1)
-
-
-def chunk_size(vocabulary: int, budget_bytes: int = 128 * 2**20) -> int:
-    """Positions a chunk so that about six float32 tensors of chunk x vocabulary fit the budget."""
-    return max(1, budget_bytes // (6 * 4 * vocabulary))
+def _cached_rows(logits_CV: Tensor, cache_bytes: int = 2 * 2**20) -> int:
+    """Rows whose float32 values fit a processor's cache; on an accelerator all of them, for few large kernels."""
+    rows, vocabulary = logits_CV.shape
+    return max(1, cache_bytes // (4 * vocabulary)) if logits_CV.device.type == "cpu" else rows
 
 
 def chunked_divergence(
@@ -240,7 +291,7 @@ def chunked_divergence(
         hidden_t_PD: the teacher's hidden states at the same positions; never a gradient. Its D may differ.
         weight_t_VD: the teacher's output head over the same vocabulary.
         divergence: one of this module's.
-        chunk: positions at a time; by default what fits 128 MiB.
+        chunk: positions at a time; by default those whose logits fit 64 MiB.
 
     Returns:
         d_P in nats, differentiable, and the detached `Overlap` of the same positions.
@@ -255,12 +306,14 @@ def chunked_divergence(
         )
     hidden_t_PD, weight_t_VD = hidden_t_PD.detach(), weight_t_VD.detach()
 
-    def score(logp_s_CV: Tensor, part: slice) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        logp_t_CV = _log_probs(hidden_t_PD[part], weight_t_VD)
-        stats = _overlap(logp_s_CV, logp_t_CV)
-        return *divergence(logp_s_CV, logp_t_CV), stats
+    def score(
+        logp_s_RV: Tensor, s_RV: Tensor, logits_t_RV: Tensor | None, place: slice
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        assert logits_t_RV is not None  # noqa: S101 - there is a teacher
+        logp_t_RV = _log_probs(logits_t_RV)
+        return *divergence(logp_s_RV, logp_t_RV), _overlap(logp_s_RV, s_RV, logp_t_RV)
 
-    return _run(hidden_s_PD, weight_s_VD, score, chunk)
+    return _run(hidden_s_PD, weight_s_VD, hidden_t_PD, weight_t_VD, score, chunk)
 
 
 def chunked_cross_entropy(
@@ -275,7 +328,7 @@ def chunked_cross_entropy(
         hidden_PD: the student's last hidden states at the positions that predict the targets.
         weight_VD: the student's output head; it gets a gradient if it asks for one.
         target_P: token ids.
-        chunk: positions at a time; by default what fits 128 MiB.
+        chunk: positions at a time; by default those whose logits fit 64 MiB.
 
     Returns:
         d_P in nats, differentiable, and the detached `Overlap` of the same positions.
@@ -286,20 +339,29 @@ def chunked_cross_entropy(
     if hidden_PD.shape[0] != target_P.shape[0]:
         raise ValueError(f"{hidden_PD.shape[0]} positions and {target_P.shape[0]} targets")
 
-    def score(logp_CV: Tensor, part: slice) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        index_C1 = target_P[part, None]
-        d_C = -logp_CV.gather(-1, index_C1).squeeze(-1)
-        g_CV = torch.zeros_like(logp_CV).scatter_(-1, index_C1, -1.0)
-        hit_C = (logp_CV.argmax(-1) == target_P[part]).to(d_C.dtype)
-        mass_C = (-d_C).exp()
-        return d_C, g_CV, (-(logp_CV.exp() * logp_CV).sum(-1), torch.zeros_like(d_C), hit_C, mass_C, mass_C)
+    def score(
+        logp_RV: Tensor, s_RV: Tensor, _: Tensor | None, place: slice
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        index_R1 = target_P[place, None]
+        d_R = -logp_RV.gather(-1, index_R1).squeeze(-1)
+        g_RV = torch.zeros_like(logp_RV).scatter_(-1, index_R1, -1.0)
+        hit_R = (logp_RV.argmax(-1) == target_P[place]).to(d_R.dtype)
+        mass_R = (-d_R).exp()
+        return d_R, g_RV, (-torch.linalg.vecdot(s_RV, logp_RV), torch.zeros_like(d_R), hit_R, mass_R, mass_R)
 
-    return _run(hidden_PD, weight_VD, score, chunk)
+    return _run(hidden_PD, weight_VD, None, None, score, chunk)
 
 
-def _run(hidden_PD: Tensor, weight_VD: Tensor, score: _Score, chunk: int | None) -> tuple[Tensor, Overlap]:
+def _run(
+    hidden_PD: Tensor,
+    weight_VD: Tensor,
+    hidden_t_PD: Tensor | None,
+    weight_t_VD: Tensor | None,
+    score: _Score,
+    chunk: int | None,
+) -> tuple[Tensor, Overlap]:
     d_P, stats_KP = _Chunked.apply(  # type: ignore[no-untyped-call]
-        hidden_PD, weight_VD, score, chunk or chunk_size(weight_VD.shape[0])
+        hidden_PD, weight_VD, hidden_t_PD, weight_t_VD, score, chunk or chunk_size(weight_VD)
     )
     return d_P, Overlap(*stats_KP.unbind(0))
 

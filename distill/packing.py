@@ -58,8 +58,12 @@ class Sample:
 
     @property
     def tokens(self) -> int:
-        """Tokens the longer of the two forwards reads, prefix cache not counted."""
-        return max(len(self.student_prompt), len(self.teacher_prompt)) + len(self.continuation)
+        """Length of the longer of its two sequences."""
+        return self.reads(0)
+
+    def reads(self, cached: int) -> int:
+        """Tokens the longer of the two forwards reads when the teacher prompt's first `cached` stand in a cache."""
+        return max(len(self.student_prompt), len(self.teacher_prompt) - cached) + len(self.continuation)
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,7 @@ class Packed:
     input_ids_1T: Tensor
     position_ids_1T: Tensor
     segment_T: Tensor  # which sequence a token belongs to
+    sequences: tuple[int, ...]  # tokens of each sequence, summing to T
     predict_R: Tensor  # indices into T
     target_R: Tensor  # the sampled ids at those positions
     lengths: list[int] = field(default_factory=list)  # sampled tokens of each sequence, summing to R
@@ -95,6 +100,7 @@ def pack(
     ids: list[int] = []
     positions: list[int] = []
     segments: list[int] = []
+    sequences: list[int] = []
     predict: list[int] = []
     targets: list[int] = []
     lengths: list[int] = []
@@ -106,6 +112,7 @@ def pack(
         ids += sequence
         positions += range(offset, offset + len(sequence))
         segments += [index] * len(sequence)
+        sequences.append(len(sequence))
         marked = [i for i, sampled in enumerate(sample.mask) if sampled]
         predict += [start + len(prompt) + i - 1 for i in marked]
         targets += [sample.continuation[i] for i in marked]
@@ -114,6 +121,7 @@ def pack(
         input_ids_1T=torch.tensor([ids], dtype=torch.long, device=device),
         position_ids_1T=torch.tensor([positions], dtype=torch.long, device=device),
         segment_T=torch.tensor(segments, dtype=torch.long, device=device),
+        sequences=tuple(sequences),
         predict_R=torch.tensor(predict, dtype=torch.long, device=device),
         target_R=torch.tensor(targets, dtype=torch.long, device=device),
         lengths=lengths,
@@ -136,15 +144,19 @@ def attention_mask(packed: Packed, *, prefix: int = 0, window: int | None = None
     return torch.cat([prefix_TP, allowed_TT], dim=1)[None, None]
 
 
-def micro_batches(samples: Sequence[Sample], token_budget: int) -> Iterator[list[Sample]]:
-    """Split a batch, in order, into packs of at most `token_budget` tokens (a longer sample stands alone)."""
+def micro_batches(samples: Sequence[Sample], token_budget: int, cached: int = 0) -> Iterator[list[Sample]]:
+    """Split a batch, in order, into packs of at most `token_budget` tokens (a longer sample stands alone).
+
+    Tokens are those that a forward reads: the first `cached` tokens of every teacher prompt count for nothing.
+    """
     group: list[Sample] = []
     used = 0
     for sample in samples:
-        if group and used + sample.tokens > token_budget:
+        tokens = sample.reads(cached)
+        if group and used + tokens > token_budget:
             yield group
             group, used = [], 0
         group.append(sample)
-        used += sample.tokens
+        used += tokens
     if group:
         yield group

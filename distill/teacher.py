@@ -35,8 +35,9 @@ class Teacher(Protocol):
         """Output head, vocabulary x the teacher's hidden size."""
         ...
 
-    def prepare(self, prompts: Sequence[Sequence[int]]) -> None:
-        """Told the teacher prompts of a whole batch before they are scored in parts."""
+    def prepare(self, prompts: Sequence[Sequence[int]]) -> int:
+        """Told the teacher prompts of a whole batch before they are scored in parts; how many leading tokens of each
+        need no reading then."""
         ...
 
     def hidden(self, samples: Sequence[Sample]) -> Tensor:
@@ -149,11 +150,12 @@ class FrozenTeacher:
         return self.backbone.head_VD
 
     @torch.no_grad()
-    def prepare(self, prompts: Sequence[Sequence[int]]) -> None:
+    def prepare(self, prompts: Sequence[Sequence[int]]) -> int:
         """Cache what these prompts have in common, unless that is done already."""
-        if self.cache is not None and len(prompts) > 1:
-            with self._scoring():
-                self.cache.find(prompts)
+        if self.cache is None:
+            return 0
+        with self._scoring():
+            return self.cache.find(prompts)[0]
 
     @torch.no_grad()
     def hidden(self, samples: Sequence[Sample]) -> Tensor:

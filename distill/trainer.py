@@ -165,11 +165,11 @@ class Trainer:
         if not samples:
             raise DistillConfigError("none of the step's rollouts has a sampled token; see the stored episodes' errors")
         tally, tokens = Tally(), sum(sample.sampled for sample in samples)
-        started = time.perf_counter()
+        started, cached = time.perf_counter(), 0
         if self.objective != "cross_entropy":
-            self.parallel.run(lambda: self.teacher.prepare([sample.teacher_prompt for sample in samples]))
+            cached = self.parallel.run(lambda: self.teacher.prepare([sample.teacher_prompt for sample in samples]))
         tally.seconds_prefix = tally.seconds_teacher = time.perf_counter() - started
-        parts = list(micro_batches(self.parallel.share(samples), self.config.micro_batch_tokens))
+        parts = list(micro_batches(self.parallel.share(samples), self.config.micro_batch_tokens, cached))
         for part, counts in self.parallel.aligned(parts, samples):
             loss = self.loss(part, sequences=len(samples), tokens=tokens, tally=tally if counts else Tally())
             use(loss if counts else 0 * loss)

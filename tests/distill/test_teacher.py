@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from itertools import pairwise
 
 import pytest
 import torch
@@ -186,12 +187,24 @@ def test_other_vocabularies_are_named(tiny_tokenizer) -> None:
         check_vocabulary(tiny_tokenizer, other)
 
 
-@given(st.lists(st.integers(1, 30), max_size=12), st.integers(1, 40))
-def test_micro_batches_keep_order_and_budget(sizes: list[int], budget: int) -> None:
-    samples = [sample(i, (), 1, size) for i, size in enumerate(sizes)]
-    groups = list(micro_batches(samples, budget))
+@given(st.lists(st.integers(1, 30), max_size=12), st.integers(1, 40), st.integers(0, 20))
+def test_micro_batches_keep_order_and_budget(sizes: list[int], budget: int, cached: int) -> None:
+    samples = [sample(i, ids(1, 20), 1, size) for i, size in enumerate(sizes)]
+    groups = list(micro_batches(samples, budget, cached))
     assert [s.episode_id for g in groups for s in g] == [s.episode_id for s in samples]
-    assert all(len(g) == 1 or sum(s.tokens for s in g) <= budget for g in groups)
+    assert all(len(g) == 1 or sum(s.reads(cached) for s in g) <= budget for g in groups)
+    for group, after in pairwise(groups):  # none could have been larger
+        assert sum(s.reads(cached) for s in group) + after[0].reads(cached) > budget
+
+
+def test_a_cached_prefix_takes_no_room_in_a_micro_batch() -> None:
+    torch.manual_seed(4)
+    teacher = FrozenTeacher(Backbone(llama().eval()))
+    samples = [sample(i, ids(7, 100), 4, 6) for i in range(5)]
+    cached = teacher.prepare([s.teacher_prompt for s in samples])
+    assert cached == 100
+    assert len(list(micro_batches(samples, 60, cached))) == 1
+    assert len(list(micro_batches(samples, 60, 0))) == 5
 
 
 def test_the_prefix_is_cached_also_while_the_student_trains_with_gradient_checkpointing() -> None:
