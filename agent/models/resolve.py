@@ -20,11 +20,11 @@ from agent.models.paths import models_dir
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
-def resolve(model: str, *, fetch: bool = True, progress: Progress | None = None) -> Path:
+def resolve(model: str, *, fetch: bool = True, weights: bool = True, progress: Progress | None = None) -> Path:
     """The folder of `model`: a short name of the catalogue, a local folder, or a Hugging Face id.
 
     A short name is fetched when it is not cached yet; two processes that ask at once fetch once. `progress` is
-    called as (stage, bytes done, bytes in all or 0).
+    called as (stage, bytes done, bytes in all or 0). Without `weights` a hub id's configuration and tokenizer will do.
 
     Raises:
         UnknownModelError: `model` is none of the three.
@@ -40,7 +40,7 @@ def resolve(model: str, *, fetch: bool = True, progress: Progress | None = None)
             raise UnknownModelError(f"{model!r} is a folder without config.json, not a model")
         return local.absolute()
     if _HUB_ID.fullmatch(model):
-        return _resolve_hub(model, fetch, report)
+        return _resolve_hub(model, fetch, weights, report)
     near = get_close_matches(model, CATALOG, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"known names: {', '.join(CATALOG)};"
     raise UnknownModelError(f"unknown model {model!r}: {hint} a model folder or a hub id (owner/name) works too")
@@ -102,11 +102,11 @@ def _resolve_short(name: str, fetch: bool, report: Progress) -> Path:
     return folder
 
 
-def _resolve_hub(repo: str, fetch: bool, report: Progress) -> Path:
+def _resolve_hub(repo: str, fetch: bool, weights: bool, report: Progress) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    patterns = list(HUB_PATTERNS)
+    patterns = [pattern for pattern in HUB_PATTERNS if weights or "safetensors" not in pattern]
     try:
         if not fetch:
             return Path(snapshot_download(repo, allow_patterns=patterns, local_files_only=True))
@@ -122,7 +122,7 @@ def _resolve_hub(repo: str, fetch: bool, report: Progress) -> Path:
         raise _hub_unreachable(repo) from error
     except Exception as error:  # the hub client raises its HTTP library's own errors
         raise _hub_unreachable(repo) from error
-    if not list(folder.glob("*.safetensors")):
+    if weights and not list(folder.glob("*.safetensors")):
         raise FetchError(f"{repo!r} holds no safetensors: Engrain loads nothing else")
     return folder
 

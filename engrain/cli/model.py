@@ -22,7 +22,7 @@ app = typer.Typer(help="Fetch, list, show and remove language models.", rich_mar
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-def resolve_with_bar(model: str) -> Path:
+def resolve_with_bar(model: str, *, weights: bool = True) -> Path:
     """`agent.models.resolve.resolve` with a progress bar on stderr, and licence and origin when it fetches.
 
     Raises:
@@ -30,7 +30,7 @@ def resolve_with_bar(model: str) -> Path:
     """
     entry = CATALOG.get(model)
     if entry is None or cached(model):
-        return resolve(model)
+        return resolve(model, weights=weights)
     console = Console(stderr=True, highlight=False)
     console.print(f"[bold]{entry.title}[/] ({entry.licence}), {escape(entry.provenance)}", soft_wrap=True)
     columns = (

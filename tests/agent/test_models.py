@@ -322,6 +322,22 @@ def test_names_folders_and_hub_ids(tmp_path: Path, engrain_home: Path, monkeypat
             resolve(odd)
 
 
+def test_a_tokenizer_can_be_had_without_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+
+    def download(repo: str, *, allow_patterns: list[str]) -> str:
+        asked.append(allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert resolve("nobody/big", weights=False) == tmp_path
+    assert "tokenizer*.json" in asked[0]
+    assert not [pattern for pattern in asked[0] if "safetensors" in pattern]
+    with pytest.raises(FetchError, match="no safetensors"):
+        resolve("nobody/big")
+    assert "*.safetensors" in asked[1]
+
+
 def test_an_unwritable_home_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("ENGRAIN_HOME", str(tmp_path / "file"))
