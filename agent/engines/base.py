@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -104,3 +104,16 @@ def steady(engine: Engine) -> AbstractContextManager[None]:
     enter = getattr(engine, "steady", nullcontext)
     context: AbstractContextManager[None] = enter()
     return context
+
+
+@contextmanager
+def asleep(engine: Engine) -> Iterator[None]:
+    """A time in which the engine is not asked and its memory is free for others, if it can sleep; see `VllmEngine`."""
+    if not getattr(engine, "can_sleep", False):
+        yield
+        return
+    engine.sleep()  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        engine.wake()  # type: ignore[attr-defined]

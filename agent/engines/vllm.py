@@ -47,7 +47,8 @@ class VllmEngine:
         dtype: "auto" is bfloat16 where the device computes in it, else float32.
         max_context: the longest prompt plus completion, in tokens; None is the model's own limit.
         max_batch: the most requests under way together; others wait inside.
-        cache_bytes: memory for keys and values; None is 2 GiB on a CPU, and on a GPU vLLM's own share of it.
+        cache_bytes: memory for keys and values; None is 2 GiB on a CPU, and on a GPU what `memory_share` leaves.
+        memory_share: how much of a GPU's memory weights, keys and values may take together.
         adapters: how LoRA adapters are sampled from. "merge" writes them into the weights: sampling costs what the
             base model's does, a switch as much as loading the model. "beside" keeps the base weights: a switch is
             quick, sampling slower (several times on a CPU). "auto" is "merge" on a CPU, else "beside".
@@ -68,6 +69,7 @@ class VllmEngine:
         max_context: int | None = None,
         max_batch: int = 64,
         cache_bytes: int | None = None,
+        memory_share: float = 0.9,
         adapters: Literal["auto", "merge", "beside"] = "auto",
         lora_rank: int = 64,
         compiled: bool | None = None,
@@ -92,6 +94,7 @@ class VllmEngine:
             "max_num_seqs": max_batch,
             "max_model_len": max_context,
             "kv_cache_memory_bytes": cache_bytes or (_CPU_CACHE if on_cpu else None),
+            "gpu_memory_utilization": memory_share,
             "enforce_eager": not (compiled if compiled is not None else not on_cpu),
             "enable_sleep_mode": self.can_sleep,
             "disable_log_stats": True,

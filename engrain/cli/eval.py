@@ -11,6 +11,8 @@ from rich.table import Table
 
 from engrain.cli.common import (
     DEFAULT_MODEL,
+    EngineName,
+    EngineOption,
     EnvArgument,
     JsonOption,
     ModelOption,
@@ -21,7 +23,7 @@ from engrain.cli.common import (
     find_knowledge,
     fingerprint,
     load_checkpoint,
-    open_engine,
+    open_sampler,
     open_store,
     world_options,
 )
@@ -42,6 +44,7 @@ def command(
     tasks: Annotated[int, typer.Option("--tasks", "-n", min=1, help="How many tasks.")] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens a turn.")] = 256,
+    engine: EngineOption = EngineName.TRANSFORMERS,
     seed: SeedOption = 0,
     store: StoreOption = None,
     as_json: JsonOption = False,
@@ -68,20 +71,21 @@ def command(
                 text,
                 weights,
             )
-        with open_engine(model) as engine, ConsoleListener(Console(stderr=True), quiet=as_json) as listener:
+        with open_sampler(model, engine) as sampler, ConsoleListener(Console(stderr=True), quiet=as_json) as listener:
             for name, (with_text, with_weights) in arms.items():
-                load_checkpoint(engine, with_weights)
+                load_checkpoint(sampler, with_weights)
                 settings = [
                     fingerprint(model),
                     with_text and with_text.id,
                     with_weights and with_weights.id,
                     sampling.model_dump(),
                     seed,
+                    *([engine] if engine is not EngineName.TRANSFORMERS else []),
                 ]
                 episodes = play_stored(
                     memory,
                     chosen,
-                    engine,
+                    sampler,
                     sampling=sampling,
                     namespace=f"eval\0{json.dumps(settings)}",
                     stage="eval",

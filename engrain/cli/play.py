@@ -18,6 +18,8 @@ from rich.text import Text
 from agent.episode import Episode, FinishReason, Message, SamplingParams, StopReason, Turn, episode_id
 from engrain.cli.common import (
     DEFAULT_MODEL,
+    EngineName,
+    EngineOption,
     EnvArgument,
     JsonOption,
     ModelOption,
@@ -28,7 +30,7 @@ from engrain.cli.common import (
     find_knowledge,
     fingerprint,
     load_checkpoint,
-    open_engine,
+    open_sampler,
     open_store,
     printable,
     world_options,
@@ -40,7 +42,7 @@ from memory.records import Knowledge
 from memory.store import Store
 
 if TYPE_CHECKING:
-    from agent.engines.transformers import TransformersEngine
+    from agent.engines.base import Engine
 
 
 def command(
@@ -54,6 +56,7 @@ def command(
     episodes: Annotated[int, typer.Option("--episodes", "-n", min=1, help="How many tasks to play.")] = 1,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.7,
     max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens a turn.")] = 256,
+    engine: EngineOption = EngineName.TRANSFORMERS,
     human: Annotated[bool, typer.Option("--human", help="Play yourself.")] = False,
     store: StoreOption = None,
     as_json: JsonOption = False,
@@ -72,9 +75,9 @@ def command(
             text = find_knowledge(knowledge, opened) if knowledge else None
             weights = find_checkpoint(checkpoint, opened, model) if checkpoint else None
             sampling = SamplingParams(temperature=temperature, max_tokens=max_tokens)
-            with open_engine(model) as engine:
-                load_checkpoint(engine, weights)
-                played = _play_agent(tasks, console, opened, engine, text, sampling, seed)
+            with open_sampler(model, engine) as sampler:
+                load_checkpoint(sampler, weights)
+                played = _play_agent(tasks, console, opened, sampler, text, sampling, seed)
     if as_json:
         typer.echo(json.dumps([episode.model_dump(mode="json") for episode in played], indent=2))
     elif len(played) > 1:
@@ -86,7 +89,7 @@ def _play_agent(
     tasks: Sequence[Task],
     console: Console,
     store: Store,
-    engine: TransformersEngine,
+    engine: Engine,
     knowledge: Knowledge | None,
     sampling: SamplingParams,
     seed: int,
