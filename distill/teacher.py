@@ -21,6 +21,7 @@ from transformers import DynamicCache
 
 from distill.adapters import follow, teacher_tensors, teacher_weights
 from distill.backbone import Backbone
+from distill.distributed import world
 from distill.errors import CheckpointError, DistillConfigError, VocabularyMismatchError
 from distill.packing import Sample, pack
 
@@ -84,9 +85,10 @@ class PrefixCache:
 
         Several prompts whose shared beginning no entry covers by half get an entry of their own first. A single
         prompt shares all of itself with itself and takes what there is. The last token of a prompt is always left to
-        be read, since its hidden state predicts the first sampled token.
+        be read, since its hidden state predicts the first sampled token. Several processes make entries in `find`
+        alone, where all see the same prompts: with sharded layers they must make the same passes.
         """
-        length, entry = self.find(prompts)
+        length, entry = self.find(prompts, grow=world() == 1)
         if not length:
             return 0, None
         cache = DynamicCache()
@@ -94,14 +96,14 @@ class PrefixCache:
             cache.update(keys[:, :, :length], values[:, :, :length], layer)
         return length, cache
 
-    def find(self, prompts: Sequence[Sequence[int]]) -> tuple[int, list[tuple[Tensor, Tensor]]]:
+    def find(self, prompts: Sequence[Sequence[int]], *, grow: bool = True) -> tuple[int, list[tuple[Tensor, Tensor]]]:
         """The same, as the entry itself (keys and values a layer), which may be longer than what is covered."""
         shared = _common_prefix(prompts)
         shared = shared[: min(len(prompt) for prompt in prompts) - 1]
         covered = {key: len(_common_prefix([key, shared])) for key in self._entries}
         key = max(covered, key=lambda k: covered[k], default=())
         length = covered.get(key, 0)
-        if len(prompts) > 1 and 2 * length < len(shared):
+        if grow and len(prompts) > 1 and 2 * length < len(shared):
             key, length = tuple(shared), len(shared)
             entry = self._compute(shared)
             self._keep(key, entry)

@@ -254,5 +254,16 @@ def test_shares_are_balanced_by_tokens_and_lose_nothing(monkeypatch: pytest.Monk
     assert shares == [["0"], ["1", "2", "3"]]
 
 
+def test_processes_make_the_same_passes(make_trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = make_trainer().teacher.cache
+    passes = []
+    monkeypatch.setattr(cache, "_compute", lambda prefix: passes.append(prefix) or [])
+    monkeypatch.setattr("distill.teacher.world", lambda: 2)
+    assert cache.best([[1, 2, 3], [1, 2, 4]]) == (0, None)  # a share of the batch, which others do not see
+    assert not passes
+    cache.find([[1, 2, 3], [1, 2, 4]])  # the whole batch
+    assert passes == [[1, 2]]
+
+
 if __name__ == "__main__":
     worker(Path(sys.argv[1]), Path(sys.argv[2]))
