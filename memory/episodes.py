@@ -114,18 +114,20 @@ class EpisodeTable(Database):
         stage: str | None = None,
         success: bool | None = None,
         run_id: str | None = None,
+        before: str | None = None,
         newest_first: bool = False,
         limit: int | None = None,
         offset: int = 0,
     ) -> list[EpisodeSummary]:
         """Episodes without texts and tokens, oldest first unless `newest_first`. A filter that is None lets all pass.
 
-        `checkpoint` and `knowledge` are ids; "" picks episodes played with none.
+        `checkpoint` and `knowledge` are ids; "" picks episodes played with none. `before` is the id of an episode:
+        only those that began before it, which is how a long list is read page by page.
         """
         query = _listing(
             sa.select(*_SUMMARY), env=env, split=split, checkpoint=checkpoint, knowledge=knowledge,
-            round_id=round_id, stage=stage, success=success, run_id=run_id, newest_first=newest_first, limit=limit,
-            offset=offset,
+            round_id=round_id, stage=stage, success=success, run_id=run_id, before=before,
+            newest_first=newest_first, limit=limit, offset=offset,
         )  # fmt: skip
         with self._read() as connection:
             return [EpisodeSummary(**row) for row in connection.execute(query).mappings()]
@@ -151,8 +153,18 @@ _TEXTS = ("observation", "action", "feedback")
 
 
 def _listing(
-    query: sa.Select[Any], *, limit: int | None, offset: int, newest_first: bool = False, **filters: Any
+    query: sa.Select[Any],
+    *,
+    limit: int | None,
+    offset: int,
+    before: str | None = None,
+    newest_first: bool = False,
+    **filters: Any,
 ) -> sa.Select[Any]:
+    if before is not None:
+        mark = sa.select(EpisodeRow.started_at, EpisodeRow.id).where(EpisodeRow.id == before).subquery("mark")
+        query = query.join(mark, sa.true())
+        query = query.where(sa.tuple_(EpisodeRow.started_at, EpisodeRow.id) < sa.tuple_(mark.c.started_at, mark.c.id))
     for name, value in filters.items():
         if name not in ("env", "split", "checkpoint", "knowledge", "round_id", "stage", "success", "run_id"):
             raise TypeError(f"episodes have no filter {name!r}")
@@ -228,6 +240,7 @@ def _turn_rows(episode: Episode, texts: dict[str, str]) -> list[dict[str, Any]]:
             "finish_reason": turn.finish_reason.value,
             "reward": turn.reward,
             "seconds": turn.seconds,
+            "choices": turn.choices,
         }
         for number, turn in enumerate(episode.turns)
     ]

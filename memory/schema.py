@@ -130,6 +130,7 @@ class TurnRow(Base):
     finish_reason: Mapped[str] = mapped_column(String(32))
     reward: Mapped[float]
     seconds: Mapped[float]
+    choices: Mapped[Any | None]  # what the reply was restricted to
     __table_args__ = ({"sqlite_with_rowid": False},)  # one B-tree instead of two
 
 
