@@ -68,6 +68,20 @@ def versions() -> dict[str, str]:
     return found
 
 
+def weights_id(folder: Path, manifest: Manifest) -> str:
+    """The id that the weights in a checkpoint folder have: the manifest's own, unless a file was changed since.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    lineage = [manifest.model, manifest.parent, manifest.knowledge, manifest.step, manifest.seed]
+    digest = hashlib.sha256(json.dumps(lineage).encode())
+    for file in sorted(folder.glob("*.safetensors")):
+        if file.name not in (_OPTIMIZER, _TEACHER):  # written after the id was made
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 def save_checkpoint(
     folder: Path,
     model: nn.Module,

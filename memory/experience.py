@@ -99,14 +99,39 @@ class ExperienceTable(ItemTable):
             raise UnknownIdError(f"no knowledge {key!r} in {self.url}")
         return found[0]
 
-    def knowledge_versions(self, *, round_id: str | None = None) -> list[Knowledge]:
-        """All knowledge texts by version number."""
-        return self._knowledge(*([KnowledgeRow.round_id == round_id] if round_id is not None else []))
+    def knowledge_versions(self, *, round_id: str | None = None, limit: int | None = None) -> list[Knowledge]:
+        """All knowledge texts by version number; with a limit the latest ones."""
+        return self._knowledge(*([KnowledgeRow.round_id == round_id] if round_id is not None else []), limit=limit)
 
-    def _knowledge(self, *conditions: sa.ColumnElement[bool]) -> list[Knowledge]:
-        query = sa.select(KnowledgeRow.__table__).where(*conditions).order_by(KnowledgeRow.version)
+    def knowledge_holding(self, item_id: str) -> list[tuple[str, int]]:
+        """Id and version of every knowledge text that holds an item, by version number."""
+        query = sa.select(KnowledgeRow.id, KnowledgeRow.version).join(KnowledgeItemRow)
+        query = query.where(KnowledgeItemRow.item_id == item_id).order_by(KnowledgeRow.version)
         with self._read() as connection:
-            rows = connection.execute(query).mappings().all()
+            return [(id_, version) for id_, version in connection.execute(query)]
+
+    def restore_knowledge(self, id: str, who: str, why: str) -> list[str]:
+        """Make the items of a version active and retire the active ones that it lacks. Returns the changed ones' ids.
+
+        Raises:
+            UnknownIdError: it is not stored.
+        """
+        wanted = {place.id for place in self.knowledge(id).items}
+        changed = []
+        with self._write() as connection:
+            statuses = connection.execute(sa.select(ItemRow.id, ItemRow.status).order_by(ItemRow.id)).tuples().all()
+            for item, status in statuses:
+                target = ItemStatus.ACTIVE if item in wanted else ItemStatus.RETIRED
+                if (item in wanted and status != target) or (item not in wanted and status == ItemStatus.ACTIVE):
+                    self._set_status(connection, item, target.value, who, why)
+                    changed.append(item)
+            self._log(connection, "knowledge", id, "restored", who, why)
+        return changed
+
+    def _knowledge(self, *conditions: sa.ColumnElement[bool], limit: int | None = None) -> list[Knowledge]:
+        query = sa.select(KnowledgeRow.__table__).where(*conditions).order_by(KnowledgeRow.version.desc()).limit(limit)
+        with self._read() as connection:
+            rows = connection.execute(query).mappings().all()[::-1]
             items: dict[str, list[KnowledgeItem]] = defaultdict(list)
             for chunk in chunks((row["id"] for row in rows), _BATCH):
                 query = sa.select(KnowledgeItemRow.__table__).where(KnowledgeItemRow.knowledge_id.in_(chunk))

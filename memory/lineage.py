@@ -58,9 +58,9 @@ class LineageTable(Database):
             raise UnknownIdError(f"no round {key!r} in {self.url}")
         return found[0]
 
-    def rounds(self) -> list[RoundRecord]:
-        """All rounds by number."""
-        return self._rounds()
+    def rounds(self, limit: int | None = None) -> list[RoundRecord]:
+        """All rounds by number; with a limit the latest ones."""
+        return self._rounds(limit=limit)
 
     def unfinished_round(self, model: str) -> RoundRecord | None:
         """The latest round of this model whose status is still `running`, for resuming."""
@@ -95,10 +95,10 @@ class LineageTable(Database):
                 self._log(connection, "round", id, str(status), "engrain", verdict or "")
         return self.round(id)
 
-    def _rounds(self, *conditions: sa.ColumnElement[bool]) -> list[RoundRecord]:
-        query = sa.select(RoundRow.__table__).where(*conditions).order_by(RoundRow.number)
+    def _rounds(self, *conditions: sa.ColumnElement[bool], limit: int | None = None) -> list[RoundRecord]:
+        query = sa.select(RoundRow.__table__).where(*conditions).order_by(RoundRow.number.desc()).limit(limit)
         with self._read() as connection:
-            return [RoundRecord(**row) for row in connection.execute(query).mappings()]
+            return [RoundRecord(**row) for row in connection.execute(query).mappings()][::-1]
 
     def add_run(self, run: RunRecord) -> RunRecord:
         """Store a training run that begins; one that is stored already is left alone, and comes back as it is.
