@@ -36,7 +36,7 @@ class Backbone:
         slides = getattr(self.config, "sliding_window", None) is not None and not kinds
         if self.config._attn_implementation == "sdpa" and kinds <= {"full_attention"} and not slides:
             self.config._attn_implementation = IMPLEMENTATION
-            if check and self._difference() > self._tolerance:  # it keeps the layout from its attention layers
+            if check and self._difference() > self.tolerance:  # it keeps the layout from its attention layers
                 self.config._attn_implementation = "sdpa"
         if check:
             self._check()
@@ -86,12 +86,13 @@ class Backbone:
         }
 
     @property
-    def _tolerance(self) -> float:
+    def tolerance(self) -> float:
+        """Relative difference that rounding in the model's dtype explains."""
         return 0.05 if self.head_VD.dtype in (torch.bfloat16, torch.float16) else 1e-3
 
     def _check(self) -> None:
         difference = self._difference()
-        if not difference <= self._tolerance:
+        if not difference <= self.tolerance:
             raise UnsupportedModelError(
                 f"{type(self._base).__name__}: its logits are not its output head applied to packed hidden states "
                 f"(relative difference {difference:.2g}); soft-capped, scaled or recurrent models are not supported"

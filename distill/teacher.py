@@ -144,7 +144,14 @@ class FrozenTeacher:
 
     def __init__(self, backbone: Backbone, *, use_cache: bool = True, max_cache_bytes: int = 4 * 2**30) -> None:
         self.backbone = backbone
-        self.cache = PrefixCache(backbone, max_cache_bytes) if use_cache else None
+        self.cache: PrefixCache | None = None
+        if use_cache:
+            with self._scoring():
+                reason = _why_not_cached(backbone)
+            if reason is None:
+                self.cache = PrefixCache(backbone, max_cache_bytes)
+            else:
+                logger.warning("%s: %s; every teacher prompt is read in full", type(backbone.decoder).__name__, reason)
 
     @property
     def head_VD(self) -> Tensor:
@@ -241,6 +248,27 @@ class EmaTeacher(FrozenTeacher):
     def _forget(self) -> None:
         if self.cache is not None:
             self.cache.clear()
+
+
+@torch.no_grad()
+def _why_not_cached(backbone: Backbone) -> str | None:
+    """Why this model cannot go on from cached states, or None if it can: tried out on a dozen tokens."""
+    size = backbone.head_VD.shape[0]
+    prefix, suffix = (tuple((5 * i + start) % size for i in range(6)) for start in (1, 2))
+    end = Sample("check", suffix[:1], prefix + suffix[:1], suffix[1:], (True,) * (len(suffix) - 1))
+    whole = pack([end.teacher_prompt], [end], device=backbone.device)
+    full_TD = backbone.hidden(whole)[len(prefix) :]
+    try:
+        cache = DynamicCache()
+        head = Sample("check", prefix[:1], prefix[:1], prefix[1:], (True,) * (len(prefix) - 1))
+        backbone.hidden(pack([prefix[:1]], [head], device=backbone.device), cache)
+        if any(getattr(layer, "keys", None) is None for layer in _layers(cache)):
+            return "some of its layers keep no keys and values of their own"
+        cached_TD = backbone.hidden(pack([suffix[:1]], [end], offset=len(prefix), device=backbone.device), cache)
+    except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        return f"it does not take a key-value cache ({error})"
+    difference = (cached_TD - full_TD).float().abs().max() / full_TD.float().abs().max().clamp(min=1e-6)
+    return None if difference <= backbone.tolerance else f"cached states give other results (by {difference:.2g})"
 
 
 def check_vocabulary(student: Any, teacher: Any) -> None:

@@ -14,6 +14,7 @@ from transformers import (
     Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaModel,
     MistralConfig,
     MistralForCausalLM,
 )
@@ -163,6 +164,28 @@ def test_an_entry_over_the_bound_is_used_but_not_kept(caplog: pytest.LogCaptureF
     assert held is not None
     assert cache.bytes == 0
     assert "not kept" in caplog.text
+
+
+def test_a_model_that_forgets_its_cache_is_read_in_full_with_the_reason_logged(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Forgetful(LlamaModel):
+        def forward(self, *args, past_key_values=None, **kwargs):
+            if past_key_values is not None and past_key_values.get_seq_length():
+                past_key_values.layers[0].values = torch.zeros_like(past_key_values.layers[0].values)
+            return super().forward(*args, past_key_values=past_key_values, **kwargs)
+
+    torch.manual_seed(4)
+    model = llama().eval()
+    backbone = Backbone(model)
+    samples = [sample(i, ids(999, 30), 4, 6) for i in range(3)]
+    want = FrozenTeacher(backbone).hidden(samples)
+    model.model.__class__ = Forgetful
+    with caplog.at_level(logging.WARNING):
+        teacher = FrozenTeacher(backbone)
+    assert teacher.cache is None
+    assert "cached states give other results" in caplog.text
+    torch.testing.assert_close(teacher.hidden(samples), want, rtol=1e-4, atol=1e-4)
 
 
 def test_logits_that_are_not_head_times_hidden_are_refused() -> None:
