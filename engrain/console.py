@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from agent.rollout import RolloutStats
-from distill.monitor import StepMetrics
+from distill.monitor import StepMetrics, opening_advice
 
 
 class ConsoleListener:
@@ -71,7 +71,9 @@ class ConsoleListener:
         self._bar(what, stats.episodes, stats.total, detail)
 
     def step(self, metrics: StepMetrics, total: int) -> None:
-        """Training steps done so far."""
+        """Training steps done so far; after the first one, what its opening tokens say of the objective."""
+        if metrics.step == 1 and (advice := opening_advice(metrics)):
+            self.note(advice)
         detail = (
             f"divergence {metrics.divergence:.3f}, success {metrics.success:.2f}, "
             f"student's mass on teacher's first token {metrics.student_mass:.2f}"
