@@ -1,6 +1,7 @@
 """Several servers that stand for one model: who gets the next request, and what happens when one goes away.
 
-A request goes to the server with the least outstanding work. A server that fails is left alone for a while that
+A request goes to the server with the least outstanding work, or, where that costs little balance, to the one that has
+what the request goes on from in its cache. A server that fails is left alone for a while that
 doubles with every failure; then one request at a time tries it, until one succeeds. A request is tried again, on
 whichever server is there, until it is answered or `patience` seconds have passed since it first failed.
 Everything runs in one event loop, so no state here needs a lock.
@@ -12,7 +13,8 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +37,35 @@ class Adapter:
 
     name: str
     path: Path
+
+
+class Homes:
+    """Which server sampled what, so that the next turn of an episode can go where its keys and values are."""
+
+    def __init__(self, limit: int = 4096) -> None:
+        self._limit = limit
+        self._servers: OrderedDict[int, Server] = OrderedDict()
+
+    def put(self, ids: Sequence[int], server: Server) -> None:
+        """The server has read, or sampled, these ids."""
+        *_, key = _running_hashes(ids)
+        self._servers[key] = server
+        self._servers.move_to_end(key)
+        if len(self._servers) > self._limit:
+            self._servers.popitem(last=False)
+
+    def find(self, ids: Sequence[int]) -> Server | None:
+        """The server of the longest known sequence that `ids` go on from; None for none."""
+        found = [key for key in _running_hashes(ids) if key in self._servers]
+        return self._servers[found[-1]] if found else None
+
+
+def _running_hashes(ids: Sequence[int]) -> Iterator[int]:
+    """A hash of the first id, of the first two, and so on."""
+    key = 0
+    for id_ in ids:
+        key = hash((key, id_))
+        yield key
 
 
 class ServerPool:
@@ -72,6 +103,7 @@ class ServerPool:
         self._wire, self._in_flight, self._patience = wire, in_flight, patience
         self._random = random.Random(seed)  # noqa: S311 - not for secrets
         self._freed = asyncio.Event()
+        self._homes = Homes() if len(urls) > 1 else None
         self._last_success = float("-inf")
 
     async def open(self) -> None:
@@ -105,11 +137,12 @@ class ServerPool:
             ServerRefusedError: a server wants another key or serves another model by now.
         """
         cost = len(prompt) + sampling.max_tokens
+        home = self._homes.find(prompt) if self._homes else None
         first_failure: float | None = None
         bad = 0
         loop = asyncio.get_running_loop()
         while True:
-            server = await self._take(cost)
+            server = await self._take(cost, home)
             failures = server.failures  # those that this try can still add to
             try:
                 if not server.ready:
@@ -132,6 +165,8 @@ class ServerPool:
                     logger.warning("%s answers again", server.url)
                 server.failures = 0
                 self._last_success = loop.time()
+                if self._homes:
+                    self._homes.put([*prompt, *completion.token_ids], server)
                 return completion
             finally:
                 server.requests -= 1
@@ -162,8 +197,8 @@ class ServerPool:
         if before is not None and before != adapter:
             await asyncio.gather(*(self._unload(server, {before.name}) for server in self.servers))
 
-    async def _take(self, cost: int) -> Server:
-        """Wait for a server that may get one more request, and count it in."""
+    async def _take(self, cost: int, home: Server | None) -> Server:
+        """Wait for a server that may get one more request, and count it in; `home` if it has not much more to do."""
         loop = asyncio.get_running_loop()
         while True:
             now = loop.time()
@@ -171,6 +206,8 @@ class ServerPool:
             free = [server for server in awake if server.requests < server.limit(self._in_flight)]
             if free:
                 server = min(free, key=lambda server: (server.failures > 0, server.work, server.requests))
+                if home in free and not home.failures and home.work - server.work <= cost:
+                    server = home
                 server.requests += 1
                 server.work += cost
                 return server

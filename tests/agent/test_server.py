@@ -359,6 +359,32 @@ def test_long_requests_count_for_more(serve: Any, connect: Any) -> None:
     two.gate.set()
 
 
+def test_the_next_turn_goes_where_the_last_one_is_cached(serve: Any, connect: Any) -> None:
+    one, two = serve(), serve()
+    engine = connect(one, two)
+    prompts = prompts_of(engine, 8)
+    replies = engine.generate(prompts, [SAMPLING] * 8)
+    home = {body["prompt"][-1]: server for server in (one, two) for body in server.completions}
+    assert len(one.completions) == len(two.completions) == 4
+    for prompt, reply in zip(prompts, replies, strict=True):
+        turn = [*prompt, *reply.token_ids, 1, 2]
+        engine.generate([turn], [SAMPLING])
+        assert turn in [body["prompt"] for body in home[prompt[-1]].completions]
+
+
+def test_what_is_known_of_homes_is_bounded() -> None:
+    one, two = server_pool.Server("one"), server_pool.Server("two")
+    homes = server_pool.Homes(limit=2)
+    homes.put([1, 2, 3], one)
+    homes.put([1, 2, 3, 4], two)
+    assert homes.find([1, 2, 3, 9]) is one
+    assert homes.find([1, 2, 3, 4, 5]) is two
+    assert homes.find([1, 2]) is homes.find([]) is None
+    homes.put([7], one)
+    assert homes.find([1, 2, 3, 9]) is None
+    assert homes.find([7, 8]) is one
+
+
 def test_a_dead_server_of_two_is_passed_over_and_comes_back(
     serve: Any, connect: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
