@@ -41,10 +41,18 @@ class PlayConfig(_Frozen):
 class ExtractConfig(_Frozen):
     """Stage 2 and 3: how episodes become candidate knowledge."""
 
-    mode: Literal["examples", "paper"] = Field(
-        "examples", description="worked examples, for small models; or the paper's"
+    mode: Literal["examples", "paper", "contrastive"] = Field(
+        "examples", description="worked examples, for small models; the paper's; or several episodes side by side"
     )
+    coach: str | None = Field(None, description="MODEL or MODEL@URL that reads the episodes; None: the model itself")
     episodes: int = Field(12, ge=1, description="episodes read, failed and successful ones in turn")
+    max_items: int = Field(32, ge=1, description="most new items a round; those that most episodes teach come first")
+    embeddings: str = Field(
+        "auto", description="folder of a sentence encoder; auto: that of the extra; none: words only"
+    )
+    effects: Literal["leave_one_out", "randomised", "none"] = Field(
+        "leave_one_out", description="how each item's effect is measured on validation tasks; see memory.effect"
+    )
     budget_tokens: int = Field(1024, ge=1, description="most tokens of a knowledge text; whole items are dropped")
     candidates: int = Field(6, ge=1, description="knowledge texts scored on validation tasks")
 

@@ -6,28 +6,41 @@ where it stopped and nothing is counted twice. `RoundRecord.state` says which st
 
 from __future__ import annotations
 
-import random
 import time
-from collections.abc import Sequence
-from itertools import zip_longest
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
+from agent.engines.base import Engine
 from agent.engines.transformers import TransformersEngine
 from agent.episode import Episode
 from agent.rollout import RolloutStats
 from distill.checkpoint import read_manifest
 from distill.monitor import StepMetrics
+from engrain.coach import open_coach
 from engrain.config import ImproveConfig
 from engrain.consolidate import consolidate
 from engrain.evaluate import failures, measure, outcomes, play_stored
 from engrain.gate import Gain, judge, paired_gain
 from engrain.rounds import OodResult, RoundResult, RoundTasks
+from engrain.weigh import Change, apply_changes, weigh
 from envs.base import Task
-from memory.curate import admit, candidates
-from memory.extract import Extractor
-from memory.records import CheckpointRecord, CheckpointStatus, EvaluationRecord, Knowledge, RoundRecord, RoundStatus
-from memory.select import Score, select
+from memory.curate import admit, is_instance_bound, ordered
+from memory.effect import Effect, closed, paired
+from memory.embeddings import load
+from memory.extract import Extractor, alternate
+from memory.normalise import similarity
+from memory.records import (
+    CheckpointRecord,
+    CheckpointStatus,
+    EvaluationRecord,
+    Item,
+    ItemStatus,
+    Knowledge,
+    RoundRecord,
+    RoundStatus,
+)
 from memory.store import Store
 
 STAGES = ("play", "extract", "curate", "select", "consolidate", "judge")
@@ -59,6 +72,7 @@ class Round:
         record: the round, from `open_round`.
         folder: where its checkpoints go.
         listener: is told what happens.
+        open_coach: opens the model that `config.extract.coach` names; it is closed when the episodes are read.
     """
 
     def __init__(
@@ -69,9 +83,10 @@ class Round:
         record: RoundRecord,
         folder: Path,
         listener: Listener,
+        open_coach: Callable[[str], AbstractContextManager[Engine]] = open_coach,
     ) -> None:
         self.store, self.engine, self.config, self.record = store, engine, config, record
-        self.folder, self.listener = folder, listener
+        self.folder, self.listener, self.open_coach = folder, listener, open_coach
         self.tasks = RoundTasks.draw(config)
         self.state: dict[str, Any] = dict(record.state)
         self._started = time.monotonic() - float(self.state.get("seconds", 0.0))
@@ -81,10 +96,10 @@ class Round:
         """All six stages; ends early, and says why, where going on cannot pay."""
         episodes = self.play()
         self.extract(episodes)
-        pool = self.curate()
-        if not pool:
+        items = self.curate()
+        if not ordered(items) and "select" not in self.state:
             return self._finish(RoundStatus.STOPPED, "no usable experience was extracted")
-        knowledge, gap = self.select(pool)
+        knowledge, gap = self.select(items)
         if not gap.positive:
             reason = f"in context the best knowledge gains {gap} on validation tasks: training cannot pay"
             return self._finish(RoundStatus.STOPPED, reason, knowledge=knowledge, gap=gap)
@@ -106,50 +121,73 @@ class Round:
         """The model looks back at its episodes and writes items."""
         if "extract" in self.state:
             return
-        chosen = _alternate(episodes, self.config.extract.episodes, self.config.seed)
-        self._begin("extract", f"the model reads {len(chosen)} of its episodes ({self.config.extract.mode})")
-        self._load(self.parent)
-        extractions = Extractor(self.engine, self.config.extract.mode).extract(chosen, self.config.seed)
+        chosen = alternate(episodes, self.config.extract.episodes, self.config.seed)
+        settings = self.config.extract
+        reader = settings.coach or "the model"
+        self._begin("extract", f"{reader} reads {len(chosen)} of its episodes ({settings.mode})")
+        if settings.coach is None:
+            self._load(self.parent)
+        with self.open_coach(settings.coach) if settings.coach else nullcontext(self.engine) as engine:
+            extractions = Extractor(engine, settings.mode).extract(chosen, self.config.seed)
         for extraction in extractions:
             self.store.add_extraction(extraction, self.record.id)
         items, malformed = sum(len(e.items) for e in extractions), sum(len(e.malformed) for e in extractions)
         self.listener.note(f"{items} items, {malformed} malformed lines kept aside")
         self._done("extract", {"items": items, "malformed": malformed})
 
-    def curate(self) -> list[Knowledge]:
-        """This round's items, duplicates merged, as candidate texts that fit the budget."""
-        self._begin("curate", "merging duplicates, composing candidate knowledge")
-        items = admit(self.store, self.store.extractions(round_id=self.record.id), self.record.id)
+    def curate(self) -> list[Item]:
+        """This round's items: what admission lets in, duplicates merged, marks set."""
+        self._begin("curate", "admitting items, merging duplicates")
         settings = self.config.extract
-        pool = candidates(items, settings.budget_tokens, self.engine.tokenizer, settings.candidates, self.config.seed)
-        for candidate in pool:
-            if candidate.dropped:
-                self.listener.note(
-                    f"budget of {settings.budget_tokens} tokens leaves out {len(candidate.dropped)} items"
-                )
-        return pool
-
-    def select(self, pool: Sequence[Knowledge]) -> tuple[Knowledge, Gain]:
-        """The candidate that helps most on validation tasks, and its gap to the bare model."""
-        tasks = self.tasks.validation
-        if "select" in self.state:
-            chosen = self.store.knowledge(self.state["select"]["knowledge"])
-            return chosen, Gain.model_validate(self.state["select"]["gap"])
-        self._begin("select", f"{len(pool)} candidates on {len(tasks)} validation tasks, in context")
-        self._load(self.parent)
-        bare = self._evaluate("validation/bare", tasks)
-        self.listener.note(f"bare {bare.accuracy:.2f}")
-        parent = self.parent.knowledge if self.parent else None
-        stored = [self.store.add_knowledge(candidate, self.record.id, parent) for candidate in pool]
-        selection = select(
-            stored,
-            lambda k: outcomes(self._evaluate("validation/in_context", tasks, k)),
-            on_score=lambda score: self.listener.note(_scored(score)),
+        extractions = self.store.extractions(round_id=self.record.id)
+        embedder = load(settings.embeddings)
+        items = admit(
+            self.store,
+            extractions,
+            self.record.id,
+            most=settings.max_items,
+            likeness=embedder.likeness if embedder else similarity,
         )
-        gap = paired_gain(outcomes(bare), selection.best.outcomes)
-        self.listener.note(f"gap {gap}")
-        self._done("select", {"knowledge": selection.best.knowledge.id, "gap": gap.model_dump()})
-        return selection.best.knowledge, gap
+        refused = sum(len(self.store.events(subject=e.id, action="refused")) for e in extractions)
+        for count, what in (
+            (refused, "lines refused: `engrain memory` says why"),
+            (sum(i.status is ItemStatus.QUARANTINED for i in items), "items in quarantine, their episodes unverified"),
+            (sum(is_instance_bound(i) for i in items), "items quote their own task and come last"),
+        ):
+            if count:
+                self.listener.note(f"{count} {what}")
+        return items
+
+    def select(self, items: Sequence[Item]) -> tuple[Knowledge, Gain]:
+        """The text that helps most on validation tasks, and its gap to the bare model; what each item adds."""
+        tasks, settings = self.tasks.validation, self.config.extract
+        if "select" not in self.state:
+            self._begin(
+                "select", f"up to {settings.candidates} candidates on {len(tasks)} validation tasks, in context"
+            )
+            self._load(self.parent)
+            bare = self._evaluate("validation/bare", tasks)
+            self.listener.note(f"bare {bare.accuracy:.2f}")
+            weighed = weigh(
+                items,
+                outcomes(bare),
+                settings,
+                seed=self.config.seed,
+                tokenizer=self.engine.tokenizer,
+                score=lambda k: outcomes(self._evaluate("validation/in_context", tasks, self._keep_knowledge(k))),
+                play=lambda k, places: self._some("validation/randomised", [tasks[p] for p in places], k, bare),
+                note=self.listener.note,
+            )
+            gap = paired_gain(outcomes(bare), weighed.best.outcomes)
+            self.listener.note(f"gap {gap}")
+            chosen = weighed.best.knowledge.id
+            for effect in weighed.records(self.record, self.config, self.parent):
+                self.store.record_effect(effect)
+            changes = [change.model_dump(mode="json") for change in weighed.changes]
+            self._done("select", {"knowledge": chosen, "gap": gap.model_dump(), "changes": changes})
+        found = self.state["select"]
+        apply_changes(self.store, self.record, found.get("changes", ()))
+        return self.store.knowledge(found["knowledge"]), Gain.model_validate(found["gap"])
 
     def consolidate(self, knowledge: Knowledge) -> CheckpointRecord:
         """OPCD, with the checkpoint chosen on validation tasks."""
@@ -239,6 +277,7 @@ class Round:
         )
         if verdict.promoted:
             self.store.promote(checkpoint.id, why=verdict.reason)
+            self._absorb(knowledge, gap, checkpoint)
         else:
             self.store.set_checkpoint_status(checkpoint.id, CheckpointStatus.REJECTED, "engrain", verdict.reason)
         return self._finish(
@@ -253,6 +292,33 @@ class Round:
         )
 
     # -- what the stages share ----------------------------------------------------------------------------------
+
+    def _absorb(self, knowledge: Knowledge, gap: Gain, checkpoint: CheckpointRecord) -> None:
+        """Retire the items of a knowledge whose gap has closed: the weights know it now."""
+        if "absorb" not in self.state:
+            tasks = self.tasks.validation
+            bare = outcomes(self._evaluate("validation/distilled", tasks, checkpoint=checkpoint))
+            helped = outcomes(self._evaluate("validation/distilled_in_context", tasks, knowledge, checkpoint))
+            left, first = paired(bare, helped), Effect(gap.difference, gap.low, gap.high, gap.n)
+            self.listener.note(f"left of the gap on validation tasks: {left}")
+            why = f"checkpoint {checkpoint.id} knows it: in its context the knowledge adds {left}, before: {first}"
+            gone = [item.id for item in knowledge.items] if closed(first, left) else []
+            changes = [Change(item=id_, status=ItemStatus.ABSORBED, why=why).model_dump(mode="json") for id_ in gone]
+            self._done("absorb", changes)
+        apply_changes(self.store, self.record, self.state["absorb"])
+
+    def _keep_knowledge(self, knowledge: Knowledge) -> Knowledge:
+        return self.store.add_knowledge(knowledge, self.record.id, self.parent.knowledge if self.parent else None)
+
+    def _some(
+        self, name: str, tasks: Sequence[Task], knowledge: Knowledge | None, bare: EvaluationRecord
+    ) -> list[bool]:
+        """Outcomes of some tasks with a knowledge; without one they were measured already."""
+        if knowledge is None:
+            known = {result.task_id: result.success for result in bare.results}
+            return [known[task.id] for task in tasks]
+        kept = self._keep_knowledge(knowledge)
+        return [e.success for e in self._play(name, tasks, sampling=self.config.evaluation.sampling, knowledge=kept)]
 
     def _parent(self) -> CheckpointRecord | None:
         """The checkpoint the round began with, also when it promoted another before it was killed."""
@@ -337,18 +403,3 @@ class Round:
             seconds=self.state["seconds"],
             **found,
         )
-
-
-def _alternate(episodes: Sequence[Episode], count: int, seed: int) -> list[Episode]:
-    """Failed and solved episodes in turn, each group shuffled by seed; episodes that broke teach nothing."""
-    usable = [episode for episode in episodes if episode.turns and episode.error is None]
-    random.Random(seed).shuffle(usable)  # noqa: S311 - repeatable on purpose
-    failed, solved = [e for e in usable if not e.success], [e for e in usable if e.success]
-    mixed = [e for pair in zip_longest(failed, solved) for e in pair if e is not None]
-    return mixed[:count]
-
-
-def _scored(score: Score) -> str:
-    texts = [item.text for item in score.knowledge.items]
-    more = f" (and {len(texts) - 1} more)" if len(texts) > 1 else ""
-    return f"{score.accuracy:.2f} with {score.knowledge.tokens} tokens: {texts[0][:90]}{more}"

@@ -38,30 +38,41 @@ class Embedder:
         folder: a Hugging Face folder.
 
     Raises:
-        UsageError: it holds no model that transformers loads.
+        UsageError: it holds no model that transformers loads (some of that is only seen at the first text).
     """
 
     def __init__(self, folder: Path) -> None:
-        from transformers import AutoModel, AutoTokenizer
-
-        try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-            self._model: Any = AutoModel.from_pretrained(str(folder), use_safetensors=True, trust_remote_code=False)
-        except (OSError, ValueError, KeyError) as error:
-            raise UsageError(f"embeddings model {folder} cannot be loaded: {str(error).splitlines()[0]}") from error
-        self._model.eval()
+        if not (folder / "config.json").is_file():
+            raise UsageError(f"embeddings model {folder} is no folder with a config.json; name one, or auto, or none")
+        self._folder = folder
+        self._loaded: tuple[Any, Any] | None = None
         self._known: dict[str, np.ndarray] = {}
+
+    def _model(self) -> tuple[Any, Any]:
+        """Tokenizer and model, loaded when the first text comes: most rounds find no line that words leave open."""
+        if self._loaded is None:
+            from transformers import AutoModel, AutoTokenizer
+
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(str(self._folder), trust_remote_code=False)
+                model: Any = AutoModel.from_pretrained(str(self._folder), use_safetensors=True, trust_remote_code=False)
+            except (OSError, ValueError, KeyError) as error:
+                why = str(error).splitlines()[0]
+                raise UsageError(f"embeddings model {self._folder} cannot be loaded: {why}") from error
+            self._loaded = tokenizer, model.eval()
+        return self._loaded
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         """Unit vectors `[len(texts), D]`; a text is computed once."""
         import torch
 
+        tokenizer, model = self._model()
         fresh = [text for text in dict.fromkeys(texts) if text not in self._known]
         for start in range(0, len(fresh), 64):
             chunk = fresh[start : start + 64]
-            batch = self._tokenizer(chunk, padding=True, truncation=True, return_tensors="pt")
+            batch = tokenizer(chunk, padding=True, truncation=True, return_tensors="pt")
             with torch.inference_mode():
-                hidden_BTD = self._model(**batch).last_hidden_state
+                hidden_BTD = model(**batch).last_hidden_state
             mask_BT1 = batch["attention_mask"].unsqueeze(-1)
             mean_BD = (hidden_BTD * mask_BT1).sum(1) / mask_BT1.sum(1)
             vectors = torch.nn.functional.normalize(mean_BD.float(), dim=-1).numpy()

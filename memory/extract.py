@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import random
 import re
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 from agent.engines.base import Engine
 from agent.episode import Episode, FinishReason, Message, SamplingParams, StopReason
@@ -235,6 +237,14 @@ class Extractor:
             items=parsed.items,
             malformed=parsed.malformed,
         )
+
+
+def alternate(episodes: Sequence[Episode], count: int, seed: int) -> list[Episode]:
+    """Which episodes to read: failed and solved ones in turn, shuffled by seed; those that broke teach nothing."""
+    usable = [episode for episode in episodes if episode.turns and episode.error is None]
+    random.Random(seed).shuffle(usable)  # noqa: S311 - repeatable on purpose
+    failed, solved = [e for e in usable if not e.success], [e for e in usable if e.success]
+    return [e for pair in zip_longest(failed, solved) for e in pair if e is not None][:count]
 
 
 def contrast(episodes: Sequence[Episode], size: int) -> list[tuple[Episode, ...]]:

@@ -31,6 +31,13 @@ def command(
         bool, typer.Option("--demo", help="The demo's world and settings: about ten minutes, 2 cores.")
     ] = False,
     config: Annotated[Path | None, typer.Option("--config", help="JSON file with all settings of the round.")] = None,
+    extraction: Annotated[
+        str | None, typer.Option(help="How episodes are read: examples, paper or contrastive.")
+    ] = None,
+    coach: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL[@URL]", help="Another model that reads the episodes, here or on a server."),
+    ] = None,
     objective: Annotated[
         str | None, typer.Option(help="reverse_kl (the paper), forward_kl, jsd, skew_kl or topk; on-policy, exact.")
     ] = None,
@@ -57,6 +64,8 @@ def command(
     """
     from filelock import FileLock, Timeout
 
+    from engrain.cli.model import resolve_with_bar
+    from engrain.coach import parts
     from engrain.config import ImproveConfig
     from engrain.console import ConsoleListener
     from engrain.demo import demo_config
@@ -84,6 +93,7 @@ def command(
         settings["evaluation"]["ood"] = [{**world, "split": "ood"}]
         settings["distill"]["seed"] = seed
     _override(settings, objective=objective, steps=steps, batch_size=batch_size, learning_rate=learning_rate)
+    settings["extract"] |= {k: v for k, v in (("mode", extraction), ("coach", coach)) if v is not None}
     if max_tokens is not None:
         for part in (settings["play"], settings["evaluation"], settings["distill"]):
             part["sampling"]["max_tokens"] = max_tokens
@@ -95,6 +105,8 @@ def command(
             settings["evaluation"][name] = count
     chosen = ImproveConfig.model_validate(settings)
     RoundTasks.draw(chosen)  # before a round is opened or a model is loaded
+    if chosen.extract.coach:
+        resolve_with_bar(parts(chosen.extract.coach)[0])
 
     console = Console(stderr=True)
     with open_store(store) as memory:

@@ -51,6 +51,7 @@ class MimicEnv(Env):
 
 class MimicWorld(World):
     name = "mimic"
+    isolated = False  # known to this process alone
 
     @classmethod
     def configure(cls, options: Any) -> World:
@@ -140,7 +141,7 @@ def run(tiny_model, tiny_tokenizer, config, tmp_path, monkeypatch):
 
     def wrote(self: Extractor, episodes: Any, seed: int) -> Any:
         return [
-            self._extraction(e, seed, f"- EXPERIENCE ITEM: {ITEM}", _Parsed((ITEM,), ("- EXPERIENCE:",)))
+            self._extraction([e], seed, f"- EXPERIENCE ITEM: {ITEM}", _Parsed((ITEM,), ("- EXPERIENCE:",)))
             for e in episodes
         ]
 
