@@ -39,3 +39,7 @@ class ServerFailedError(EngrainError):
 
 class EngineFailedError(EngrainError):
     """The model produced no usable numbers (NaN logits); the message names the model."""
+
+
+class ClusterError(EngrainError):
+    """Players on a cluster keep failing, or it has no room for any; the message says which."""

@@ -56,8 +56,8 @@ def play(
         knowledge_id: its id, as `Episode.knowledge`.
         samples: episodes a task.
         max_tokens_per_episode: the most tokens after the first prompt; None is as many as the context holds.
-        turn_seconds: the most time that the start of an env or one step may take where it plays in a worker process;
-            one that takes longer is killed, and its episode ends with an error.
+        turn_seconds: the most time that one step of an env may take where it plays in a worker process, and a fifth of
+            what its start may take; one that takes longer is killed, and its episode ends with an error.
         episode_seconds: the most time an episode may take, waiting for the engine included; checked at every turn, and
             while an env steps in a worker process. It ends with an error. None is no limit.
         batch: the most requests under way in the engine; twice as many envs are open at most.

@@ -18,7 +18,7 @@ from queue import Empty, SimpleQueue
 
 from agent.engines.base import Completion, StreamingEngine
 from agent.episode import Episode, SamplingParams, StopReason
-from agent.errors import ContextLengthError
+from agent.errors import ConstraintError, ContextLengthError
 from agent.game import Game, Plan
 from agent.stats import RolloutStats
 from agent.workers import RemoteEnv, Workers, forget, shared_workers
@@ -33,6 +33,8 @@ _LINGER = 0.05  # share of the last engine call's time that it may pay to wait f
 _LINGER_BOUNDS = (0.02, 2.0)  # seconds
 _POLL_SECONDS = 0.005  # how long a streaming engine is waited for while envs may answer
 _IDLE_POLL_SECONDS = 0.1  # and while none can
+#: What an engine refuses one request for, not all.
+_REFUSALS = (ContextLengthError, ConstraintError)
 
 
 @dataclass
@@ -79,7 +81,7 @@ class Scheduler:
         self._ready: deque[tuple[Game, SamplingParams]] = deque()
         self._flying: dict[int, Game] = {}
         self._stepping = 0
-        self._serving = False
+        self._serving = self._stopped = False
         self._engine_call = 0.0
 
     def play(self, games: Iterable[Game]) -> None:
@@ -102,8 +104,8 @@ class Scheduler:
         self._answers.put(None)
 
     def stop(self) -> None:
-        """Let `serve` return when the games that it has are over; from any thread."""
-        self._serving = False
+        """Let `serve` return when the games that it has are over; from any thread, before it runs too."""
+        self._stopped = True
         self._answers.put(None)
 
     def _run(self) -> None:
@@ -136,7 +138,7 @@ class Scheduler:
     def _next(self) -> bool:
         """Whether there is something to do; waits for it while serving."""
         while not self._waiting and not self._open:
-            if not self._serving:
+            if not self._serving or self._stopped:
                 return False
             self._answers.get()
         return True
@@ -247,7 +249,7 @@ class Scheduler:
         results: list[Completion | EngrainError]
         try:
             results = [*self.engine.generate(prompts, [params for _, params in taken])]
-        except ContextLengthError:
+        except _REFUSALS:
             results = [self._alone(game, params) for game, params in taken]
         self._engine_call = time.perf_counter() - start
         self.stats.engine_seconds += self._engine_call
@@ -256,22 +258,22 @@ class Scheduler:
             self._sampled(game, result)
 
     def _alone(self, game: Game, params: SamplingParams) -> Completion | EngrainError:
-        """One request by itself, or why it is too long."""
+        """One request by itself, or why it is refused."""
         try:
             return self.engine.generate([game.prompt], [params])[0]
-        except ContextLengthError as error:
+        except _REFUSALS as error:
             return error
 
     def _stream(self, engine: StreamingEngine) -> None:
         """Hand over what is ready, and take what is finished."""
         start = time.perf_counter()
-        refused: list[tuple[Game, ContextLengthError]] = []
+        refused: list[tuple[Game, EngrainError]] = []
         while self._ready and len(self._flying) < self._batch:
             game, params = self._ready.popleft()
             self._sent(game)
             try:
                 self._flying[engine.submit(game.prompt, params)] = game
-            except ContextLengthError as error:
+            except _REFUSALS as error:
                 refused.append((game, error))
         finished = engine.poll(_POLL_SECONDS if self._stepping else _IDLE_POLL_SECONDS) if self._flying else []
         self.stats.engine_seconds += time.perf_counter() - start

@@ -32,6 +32,8 @@ _START = "import sys; sys.path[:] = sys.argv[2:]; from envs.env_worker import ma
 _START_SECONDS = 60.0
 #: The worker's own alarm comes first; the parent's kill is for a worker that is stuck in the kernel.
 _GRACE_SECONDS = 2.0
+#: A start may take this many times as long as a step: games are made then, and their libraries imported.
+_START_FACTOR = 5
 #: How long an env waits for its own worker before another one takes it over.
 _PATIENCE = 1.0
 _FORGET_SECONDS = 10.0
@@ -164,7 +166,7 @@ class RemoteEnv(Env):
 
     Args:
         task: what is played.
-        turn_seconds: the most time that the start or one step may take.
+        turn_seconds: the most time that one step may take; the start may take five times as long.
         episode_seconds: the most time from the start on; None is no limit.
     """
 
@@ -246,7 +248,7 @@ class RemoteEnv(Env):
 
     def _call(self, request: dict[str, Any]) -> dict[str, Any]:
         assert self._process is not None  # noqa: S101
-        seconds = self._turn_seconds
+        seconds = self._turn_seconds * (_START_FACTOR if "task" in request else 1)
         if self._deadline is not None:
             seconds = min(seconds, self._deadline - time.monotonic())
             if seconds <= 0:

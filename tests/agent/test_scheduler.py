@@ -385,7 +385,7 @@ def _runs(pid: int) -> bool:
 def test_textworld_games_survive_the_loss_of_their_process(engine: Calls) -> None:
     """The real thing: killed between two steps, the processes are replaced, and all games end as without the loss."""
     world = registry.world("textworld", {"max_turns": 6})
-    tasks = world.tasks(Split.TRAIN, 3)
+    tasks = world.tasks(Split.TRAIN, 2)
     assert registry.isolated(tasks[0])
 
     class Reader(Calls):

@@ -1,0 +1,435 @@
+"""Episodes on many machines: players on a Ray cluster, each with an engine of its own, fed by one driver.
+
+Ray starts players, says which were lost, and carries tasks there and episodes back; which player gets which task is
+decided here, by outstanding work. A task whose player is lost is played again by another, under the same id. Episodes
+come to the driver one by one, so the driver's store is the only one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import socket
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from agent.engines.base import Engine
+from agent.episode import Episode, SamplingParams, StopReason
+from agent.errors import ClusterError, MissingPackageError
+from agent.game import Game, Plan
+from agent.renderer import Renderer
+from agent.rollout import identified
+from agent.scheduler import MakeEnv, Scheduler
+from agent.stats import RolloutStats
+from envs.base import Task
+from envs.errors import EngrainError, UsageError
+
+#: How many lost players one task may have been on before its episode is written off.
+_TRIES = 4
+#: How often in a row players may be lost, no episode finished in between; those lost at one time count once.
+_LOSSES = 4
+_START_SECONDS = 900.0  # the most time without any player: placing one, and loading a model
+_WAIT_SECONDS = 1.0
+_CONNECT_SECONDS = 10.0
+_MOST_CALLS = 10_000  # under way in one player; the driver sends far fewer
+_SUMMED = ("requests", "sampled_tokens", "prompt_tokens", "cached_tokens", "later_prompt_tokens", "later_cached_tokens")
+_JOBS = itertools.count()
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What all episodes of one `Cluster.play` share; travels to the players."""
+
+    number: int
+    sampling: SamplingParams
+    knowledge: str | None
+    knowledge_id: str | None
+    max_new: int | None
+    turn_seconds: float
+    episode_seconds: float | None
+    batch: int
+    threads: int
+    make_env: MakeEnv | None
+    checkpoint: Path | None
+    checkpoint_id: str | None
+
+
+@dataclass(eq=False)
+class _Item:
+    """One episode that is to be played."""
+
+    order: int
+    id: str
+    task: Task
+    sample: int
+    tries: int = 0
+
+
+class _Player:
+    """The actor: one engine in a thread of its own, and the scheduler of the job it has."""
+
+    def __init__(self, make_engine: Callable[[], Engine]) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
+        self._making = self._thread.submit(make_engine)
+        self._number: int | None = None
+        self._scheduler: Scheduler | None = None
+        self._futures: dict[str, Future[Episode]] = {}
+        self._broken: BaseException | None = None
+
+    async def ready(self) -> None:
+        """Wait for the engine; raises what kept it from being made."""
+        await asyncio.wrap_future(self._making)
+
+    async def play(self, job: _Job, item: _Item) -> tuple[Episode, RolloutStats]:
+        """Play one episode beside the others; also what this player has done in this job so far."""
+        scheduler = self._start(job)
+        future = self._futures[item.id] = Future()
+        if self._broken is not None:  # looked up last: what breaks later finds the future there
+            raise self._broken
+        scheduler.add(Game(scheduler.plan, item.order, item.id, item.task, item.sample))
+        return await asyncio.wrap_future(future), replace(scheduler.stats)
+
+    async def give_up(self, job: _Job, item: _Item, why: str) -> tuple[Episode, RolloutStats]:
+        """The episode of a task that is not to be tried again."""
+        scheduler = self._start(job)
+        game = Game(scheduler.plan, item.order, item.id, item.task, item.sample)
+        return game.episode(StopReason.ERROR, why), replace(scheduler.stats)
+
+    def _start(self, job: _Job) -> Scheduler:
+        if self._scheduler is not None and self._number == job.number:
+            return self._scheduler
+        if self._scheduler is not None:
+            self._scheduler.stop()
+        engine = self._making.result()
+        plan = Plan(
+            engine,
+            Renderer(engine.tokenizer),
+            job.sampling,
+            job.knowledge,
+            job.knowledge_id,
+            job.max_new,
+            job.episode_seconds,
+        )
+        scheduler = Scheduler(
+            plan,
+            on_end=self._ended,
+            batch=job.batch,
+            threads=job.threads,
+            make_env=job.make_env,
+            turn_seconds=job.turn_seconds,
+        )
+        self._number, self._scheduler = job.number, scheduler
+        self._thread.submit(self._serve, scheduler, job)
+        return scheduler
+
+    def _serve(self, scheduler: Scheduler, job: _Job) -> None:
+        engine = scheduler.plan.engine
+        try:
+            if engine.checkpoint != job.checkpoint_id:
+                engine.load(job.checkpoint)
+                engine.checkpoint = job.checkpoint_id
+            scheduler.serve()
+        except BaseException as error:
+            self._broken = error
+            while self._futures:
+                self._futures.popitem()[1].set_exception(error)
+
+    def _ended(self, game: Game, episode: Episode) -> None:
+        if future := self._futures.pop(game.id, None):
+            future.set_result(episode)
+
+
+@dataclass(eq=False)
+class _Seat:
+    """A player as the driver sees it."""
+
+    actor: Any
+    outstanding: int = 0
+    lost: bool = False
+    born: float = field(default_factory=time.monotonic)
+    stats: RolloutStats = field(default_factory=RolloutStats)
+
+
+class Cluster:
+    """Players on a Ray cluster. They are started with the first `play` and kept for the next ones, until `close`.
+
+    Args:
+        make_engine: makes a player's engine, on its machine; must pickle, and so must what it holds.
+        address: `local` starts a cluster in this machine that ends with this object; otherwise a running one:
+            `auto`, `host:port` of its head, or `ray://host:port`.
+        players: how many; None is one for each GPU of the cluster, or one for each machine where there is none.
+        cpus: CPU cores that each player claims.
+
+    Raises:
+        UsageError: Ray is not installed, or there is no cluster at `address`.
+    """
+
+    def __init__(
+        self, make_engine: Callable[[], Engine], *, address: str = "local", players: int | None = None, cpus: float = 1
+    ) -> None:
+        self._ray, self._own = _connect(address)
+        self._make_engine = make_engine
+        held = self._ray.cluster_resources()
+        self._gpus = 1 if held.get("GPU", 0) >= 1 else 0
+        alive = sum(bool(node["Alive"]) for node in self._ray.nodes())
+        self._wanted = players or (int(held["GPU"]) if self._gpus else alive)
+        self._cpus = cpus
+        self._seats: list[_Seat] = []
+        self._starting: dict[Any, _Seat] = {}
+        self._losses, self._last_loss = 0, 0.0
+
+    def __enter__(self) -> Cluster:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def play(
+        self,
+        tasks: Sequence[Task],
+        *,
+        sampling: SamplingParams,
+        namespace: str,
+        knowledge: str | None = None,
+        knowledge_id: str | None = None,
+        checkpoint: Path | None = None,
+        checkpoint_id: str | None = None,
+        samples: int = 1,
+        max_tokens_per_episode: int | None = None,
+        turn_seconds: float = 120.0,
+        episode_seconds: float | None = None,
+        batch: int = 64,
+        workers: int = 8,
+        seed: int = 0,
+        make_env: MakeEnv | None = None,
+        on_episode: Callable[[Episode], None] | None = None,
+        progress: Callable[[RolloutStats], None] | None = None,
+        stats: RolloutStats | None = None,
+        skip: Collection[str] = (),
+    ) -> list[Episode]:
+        """`agent.rollout.play` by all players together: same arguments, same ids, same seeds, same result.
+
+        The samples may differ from those of another number of players in the rounding of the model's arithmetic.
+        `batch` and `workers` are each player's. In `stats`, `engine_seconds` is the mean over the players.
+
+        Args:
+            checkpoint: the folder that players load first, by the same path on every machine; None is the base model.
+            checkpoint_id: its id, as `Episode.checkpoint`.
+
+        Raises:
+            UsageError: the engine cannot be made, or the checkpoint not be loaded.
+            ClusterError: the players keep failing, or there is no room for any.
+        """
+        job = _Job(
+            number=next(_JOBS),
+            sampling=sampling.model_copy(update={"seed": seed}),
+            knowledge=knowledge,
+            knowledge_id=knowledge_id,
+            max_new=max_tokens_per_episode,
+            turn_seconds=turn_seconds,
+            episode_seconds=episode_seconds,
+            batch=batch,
+            threads=workers,
+            make_env=make_env,
+            checkpoint=checkpoint,
+            checkpoint_id=checkpoint_id,
+        )
+        items = [
+            _Item(order, identity, task, sample)
+            for order, (identity, task, sample) in enumerate(identified(tasks, namespace, samples))
+            if identity not in skip
+        ]
+        stats = stats if stats is not None else RolloutStats()
+        stats.total += len(items)
+        run = _Run(self, job, items, on_episode or (lambda episode: None), progress or (lambda stats: None), stats)
+        return run.all()
+
+    def close(self) -> None:
+        """End the players and the connection, and the cluster if it was started for it."""
+        self._dismiss()
+        if self._own:
+            self._ray.shutdown()
+
+    # -- the players, for `_Run` --------------------------------------------------------------------------------------
+
+    def _fill(self) -> None:
+        """As many players as are wanted, running or being started."""
+        while len(self._seats) + len(self._starting) < self._wanted:
+            options = {"num_cpus": self._cpus, "num_gpus": self._gpus, "max_concurrency": _MOST_CALLS}
+            actor = self._ray.remote(_Player).options(scheduling_strategy="SPREAD", **options)
+            seat = _Seat(actor.remote(self._make_engine))
+            self._starting[seat.actor.ready.remote()] = seat
+
+    def _dismiss(self) -> None:
+        """End all players, whatever they are doing."""
+        for seat in [*self._seats, *self._starting.values()] if self._ray.is_initialized() else []:
+            self._ray.kill(seat.actor)
+        self._seats, self._starting = [], {}
+
+    def _started(self, ref: Any) -> None:
+        seat = self._starting.pop(ref)
+        try:
+            self._ray.get(ref)
+        except self._ray.exceptions.RayError as error:
+            self._lose(seat, error)
+        else:
+            self._seats.append(seat)
+
+    def _lose(self, seat: _Seat, error: Exception) -> None:
+        """A player is of no more use; another one is started in its place, where there is room for it.
+
+        Raises:
+            UsageError: its engine says that it was asked for what cannot be.
+            ClusterError: too many were lost in a row.
+        """
+        if seat.lost:
+            return
+        seat.lost = True
+        if seat in self._seats:
+            self._seats.remove(seat)
+        self._ray.kill(seat.actor)
+        cause = getattr(error, "cause", None) or error
+        if isinstance(cause, UsageError):
+            raise cause
+        if seat.born > self._last_loss:
+            self._losses, self._last_loss = self._losses + 1, time.monotonic()
+        if self._losses > _LOSSES:
+            says = " ".join(str(cause).split())[:500]
+            kind = "" if isinstance(cause, EngrainError) else f"{type(cause).__name__}: "
+            raise ClusterError(f"players were lost {self._losses} times in a row, the last to: {kind}{says}") from None
+        self._fill()
+
+
+class _Run:
+    """One `Cluster.play`."""
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        job: _Job,
+        items: Sequence[_Item],
+        on_episode: Callable[[Episode], None],
+        progress: Callable[[RolloutStats], None],
+        stats: RolloutStats,
+    ) -> None:
+        self.cluster, self.ray, self.job = cluster, cluster._ray, job
+        self.shared = self.ray.put(job)
+        self.waiting = deque(items)
+        self.flying: dict[Any, tuple[_Seat, _Item]] = {}
+        self.finished: dict[int, Episode] = {}
+        self.seats: set[_Seat] = set()  # all that had a part in this
+        self.on_episode, self.progress, self.stats = on_episode, progress, stats
+
+    def all(self) -> list[Episode]:
+        if self.waiting:
+            try:
+                self._all()
+            except BaseException:
+                self.cluster._dismiss()  # what they are at is of no use any more
+                raise
+        return [self.finished[order] for order in sorted(self.finished)]
+
+    def _all(self) -> None:
+        start, last = time.perf_counter(), time.monotonic()
+        before = replace(self.stats)
+        self.cluster._fill()
+        while self.waiting or self.flying:
+            self._hand_out()
+            refs = [*self.flying, *self.cluster._starting]
+            if self.ray.wait(refs, num_returns=1, timeout=_WAIT_SECONDS)[0]:
+                for ref in self.ray.wait(refs, num_returns=len(refs), timeout=0)[0]:
+                    if ref in self.flying:
+                        self._landed(ref)
+                    else:
+                        self.cluster._started(ref)
+            if self.cluster._seats:
+                last = time.monotonic()
+            elif time.monotonic() - last > _START_SECONDS:
+                raise ClusterError(
+                    f"the cluster gave no player in {_START_SECONDS:.0f} s: does a machine have "
+                    f"{self.cluster._cpus:g} free CPU cores and {self.cluster._gpus} free GPUs?"
+                )
+            self.stats.wall_seconds = before.wall_seconds + time.perf_counter() - start
+            self._sum(before)
+            self.progress(self.stats)
+
+    def _hand_out(self) -> None:
+        """Tasks to whoever has the fewest, up to what a scheduler opens at once."""
+        while self.waiting and self.cluster._seats:
+            seat = min(self.cluster._seats, key=lambda seat: seat.outstanding)
+            if seat.outstanding >= 2 * self.job.batch:
+                return
+            item = self.waiting.popleft()
+            if item.tries < _TRIES:
+                ref = seat.actor.play.remote(self.shared, item)
+            else:
+                ref = seat.actor.give_up.remote(
+                    self.shared, item, f"{item.tries} players were lost while it was played"
+                )
+            self.flying[ref] = seat, item
+            seat.outstanding += 1
+            self.seats.add(seat)
+
+    def _landed(self, ref: Any) -> None:
+        """Keep an episode, or play it again where its player was lost."""
+        seat, item = self.flying.pop(ref)
+        seat.outstanding -= 1
+        try:
+            episode, seat.stats = self.ray.get(ref)
+        except self.ray.exceptions.RayError as error:
+            item.tries += not isinstance(error, self.ray.exceptions.RayTaskError)  # an engine's fault is no task's
+            self.waiting.appendleft(item)
+            self.cluster._lose(seat, error)
+            return
+        self.cluster._losses = 0
+        self.finished[item.order] = episode
+        self.stats.episodes += 1
+        self.stats.successes += episode.success
+        self.stats.failed += episode.stop_reason is StopReason.ERROR
+        self.on_episode(episode)
+
+    def _sum(self, before: RolloutStats) -> None:
+        for name in _SUMMED:
+            total = sum(getattr(seat.stats, name) for seat in self.seats)
+            setattr(self.stats, name, getattr(before, name) + total)
+        busy = sum(seat.stats.engine_seconds for seat in self.seats) / max(1, len(self.seats))
+        self.stats.engine_seconds = before.engine_seconds + busy
+
+
+def _connect(address: str) -> tuple[Any, bool]:
+    """Ray, connected, and whether it is this call that connected it."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # those of players that were given up
+    try:
+        import ray
+    except ImportError:
+        raise MissingPackageError("playing on a cluster needs Ray: pip install 'engrain[ray]'") from None
+    if ray.is_initialized():
+        return ray, False
+    _answers(address)
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    if address == "local":
+        options["include_dashboard"] = False
+    try:
+        ray.init(address=address, **options)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        says = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UsageError(f"no Ray cluster at {address!r}: {says}; use local, auto or host:port") from None
+    return ray, True
+
+
+def _answers(address: str) -> None:
+    """Refuse a host and port where nobody listens: Ray itself would wait for minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise UsageError(f"no Ray cluster at {address!r}: {error}; use local, auto or the head's host:port") from None
