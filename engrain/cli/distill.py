@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from agent.episode import Episode, SamplingParams
 from engrain.cli.common import (
     DEFAULT_MODEL,
     EnvArgument,
@@ -19,15 +20,17 @@ from engrain.cli.common import (
     OptionsOption,
     SeedOption,
     StoreOption,
+    by_number,
     find_checkpoint,
     find_knowledge,
     open_engine,
     open_store,
     world_options,
 )
-from envs.base import Task
+from envs.base import Split, Task
 from envs.errors import UsageError
 from memory.records import digest
+from memory.store import Store
 
 
 def command(
@@ -38,6 +41,18 @@ def command(
     model: ModelOption = DEFAULT_MODEL,
     parent: Annotated[str | None, typer.Option(help="Checkpoint to go on from.")] = None,
     method: Annotated[str, typer.Option(help="opcd, off_policy, sft (both on the teacher's play) or mixed.")] = "opcd",
+    on_policy_fraction: Annotated[
+        float | None, typer.Option(help="mixed: share of a batch that the student samples. Default: 0.5.")
+    ] = None,
+    from_episodes: Annotated[
+        bool,
+        typer.Option("--from-episodes", help="The student replies anew in stored training episodes of ENV; none made."),
+    ] = False,
+    round_: Annotated[
+        str | None, typer.Option("--round", help="--from-episodes: only of this round (number or id).")
+    ] = None,
+    stage: Annotated[str | None, typer.Option(help="--from-episodes: only of this stage of a round.")] = None,
+    success: Annotated[bool | None, typer.Option("--solved/--failed", help="--from-episodes: only these.")] = None,
     objective: Annotated[
         str | None,
         typer.Option(
@@ -68,17 +83,21 @@ def command(
 ) -> None:
     """Distil one text into an adapter, by OPCD or a baseline. Prints the chosen checkpoint's folder."""
     from agent.engines.transformers import TransformersEngine
-    from agent.episode import SamplingParams
     from agent.rollout import play
     from distill.config import DistillConfig, LoraSettings
     from engrain.console import ConsoleListener
     from engrain.consolidate import consolidate
     from envs import registry
-    from envs.base import Split
 
+    picked = {"--round": round_, "--stage": stage, "--solved/--failed": success}
+    if not from_episodes and (needless := [name for name, value in picked.items() if value is not None]):
+        raise UsageError(f"{needless[0]} picks stored episodes: add --from-episodes, or leave it out")
+    if on_policy_fraction is not None and method != "mixed":
+        raise UsageError(f"--on-policy-fraction {on_policy_fraction:g} is for --method mixed, not {method}")
     config = DistillConfig.model_validate(
         {
             "method": method,
+            **({} if on_policy_fraction is None else {"on_policy_fraction": on_policy_fraction}),
             "objective": objective,
             "normalize": normalize,
             "teacher": teacher,
@@ -92,13 +111,17 @@ def command(
             "seed": seed,
         }
     )
-    world = registry.world(env, world_options(option))
-    pool = world.tasks(Split.TRAIN, tasks, seed)
-    held_out = world.tasks(Split.VALIDATION, validation, seed) if validation else []
+    if from_episodes and not config.on_policy_samples:
+        raise UsageError(f"--from-episodes is for what the student samples, and with --method {method} it samples none")
+    played = not from_episodes or config.on_policy_samples < batch_size  # whether an env is needed to train
+    world = registry.world(env, world_options(option)) if played or validation else None
+    pool = world.tasks(Split.TRAIN, tasks, seed) if world and played else []
+    held_out = world.tasks(Split.VALIDATION, validation, seed) if world and validation else []
     with open_store(store) as memory:
         text = find_knowledge(knowledge, memory)
         start = find_checkpoint(parent, memory, model) if parent else None
-        _claim(out, env, pool, held_out, start.id if start else None)
+        stored = _stored(memory, env, model, round_, stage, success) if from_episodes else None
+        _claim(out, env, pool, held_out, start.id if start else None, stored)
         with (
             open_engine(teacher) if teacher else nullcontext() as other,
             open_engine(model) as engine,
@@ -112,7 +135,8 @@ def command(
                 listener.note(f"validation after {step} steps: {accuracy:.2f}")
                 return accuracy
 
-            listener.stage("consolidate", f"{method}, {config.objective}, {steps} steps of {batch_size} episodes")
+            what = "episodes" if stored is None else f"replies in {len(stored)} stored episodes"
+            listener.stage("consolidate", f"{method}, {config.objective}, {steps} steps of {batch_size} {what}")
             fit = consolidate(
                 engine,
                 pool,
@@ -123,6 +147,7 @@ def command(
                 on_step=lambda metrics: listener.step(metrics, steps),
                 validate=validate if held_out else None,
                 teacher=other,
+                episodes=stored,
             )
     facts = {
         "checkpoint": str(fit.best),
@@ -139,24 +164,53 @@ def command(
     typer.echo(str(fit.best))
 
 
-def _claim(folder: Path, env: str, training: Sequence[Task], validation: Sequence[Task], parent: str | None) -> None:
+def _stored(
+    memory: Store, env: str, model: str, round_: str | None, stage: str | None, success: bool | None
+) -> list[Episode]:
+    """The training episodes of a world that this model played and that the filters let pass.
+
+    Raises:
+        UsageError: there is none.
+    """
+    round_id = (by_number(memory.rounds(), "number", round_) or memory.full_id("round", round_)) if round_ else None
+    found = memory.episodes(env=env, split=Split.TRAIN.value, round_id=round_id, stage=stage, success=success)
+    if own := [episode for episode in found if episode.model == model and episode.sampled]:
+        return own
+    others = f" ({len(found)} by other models or without a reply)" if found else ""
+    raise UsageError(
+        f"the store has no training episodes of {env} by {model} that match{others}; "
+        "let `engrain improve` play some, or drop a filter"
+    )
+
+
+def _claim(
+    folder: Path,
+    env: str,
+    training: Sequence[Task],
+    validation: Sequence[Task],
+    parent: str | None,
+    stored: Sequence[Episode] | None,
+) -> None:
     """Note in the run's folder what it learns from; the trainer itself compares settings, model and knowledge.
 
     Raises:
-        UsageError: the folder cannot be one, or what was trained there learned from other tasks or another parent.
+        UsageError: the folder cannot be one, or what was trained there learned from other tasks or episodes, or from
+            another parent.
     """
     job = {
         "env": env,
         "training": digest(*(task.id for task in training)),
         "validation": digest(*(task.id for task in validation)),
         "parent": parent,
+        **({} if stored is None else {"episodes": digest(*(episode.id for episode in stored))}),
     }
     note = folder / "job.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if note.exists() and json.loads(note.read_text()) != job and any(folder.glob("step-*")):
             raise UsageError(
-                f"--out {folder} holds a run on other tasks or from another parent; give this run another folder"
+                f"--out {folder} holds a run on other tasks or episodes, or from another parent; "
+                "give this run another folder"
             )
         note.write_text(json.dumps(job, indent=2) + "\n")
     except (OSError, ValueError) as error:

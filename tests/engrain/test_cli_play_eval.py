@@ -144,7 +144,7 @@ def test_a_text_is_distilled_and_its_checkpoint_measured(tiny_folder: Path, tmp_
     for change in (("-o", "convention=json"), ("--parent", str(folder)), ("-n", "5")):
         other = run(*command, *change)
         assert other.exit_code == 2
-        assert "holds a run on other tasks or from another parent" in other.stderr
+        assert "holds a run on other tasks or episodes, or from another parent" in other.stderr
     measured = ("eval", *WORLD, "-m", str(tiny_folder), "-n", "2", "--max-tokens", "4", "--checkpoint", str(folder))
     record = json.loads(output(*measured, "--json"))["evaluations"]["checkpoint"]
     assert record["checkpoint"] == manifest["id"]
