@@ -62,7 +62,7 @@ _MODE_SEEKING = ("reverse_kl", "jsd", "topk")
 def opening_advice(metrics: StepMetrics, floor: float = 0.05) -> str | None:
     """What to know before training goes on, read off a first step (its metrics are those of the untrained student).
 
-    Reverse KL finds nothing to pull on where the student gives the teacher's opening no mass; None where that is not so.
+    Reverse KL finds nothing to pull on where the student gives the teacher's opening no mass. None: all is well.
 
     Args:
         metrics: of the first step, or of `Trainer.measure`.

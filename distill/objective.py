@@ -360,6 +360,10 @@ def _run(
     score: _Score,
     chunk: int | None,
 ) -> tuple[Tensor, Overlap]:
+    kind = hidden_PD.device.type
+    if torch.is_autocast_enabled(kind):  # the products below write into buffers, which autocast does not look at
+        lower = torch.get_autocast_dtype(kind)
+        weight_VD, weight_t_VD = weight_VD.to(lower), None if weight_t_VD is None else weight_t_VD.to(lower)
     d_P, stats_KP = _Chunked.apply(  # type: ignore[no-untyped-call]
         hidden_PD, weight_VD, hidden_t_PD, weight_t_VD, score, chunk or chunk_size(weight_VD)
     )

@@ -12,7 +12,9 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 from distill.attention import IMPLEMENTATION, Layout, packed_attention
 from distill.backbone import Backbone
+from distill.objective import chunked_divergence, forward_kl
 from distill.packing import Packed, Sample, attention_mask, pack
+from distill.teacher import FrozenTeacher
 
 CONFIG = {
     "vocab_size": 64,
@@ -74,6 +76,29 @@ def test_in_bfloat16_the_joined_parts_err_no_more_than_one_softmax() -> None:
     error = (joined.float() - exact).abs().max()
     usual = (one.transpose(1, 2).float() - exact).abs().max()
     assert error <= 1.5 * usual
+
+
+def test_under_autocast_a_cached_and_packed_step_is_the_plain_one_in_lower_precision() -> None:
+    backbone = Backbone(llama())
+    teacher = FrozenTeacher(backbone)
+    samples = [Sample(str(i), (3, i + 1), (9,) * 20 + (3, i + 1), (5, 6, 7), (True,) * 3) for i in range(3)]
+    row = pack([s.student_prompt for s in samples], samples)
+
+    def loss() -> torch.Tensor:
+        teacher.cache.clear()
+        teacher.prepare([s.teacher_prompt for s in samples])
+        hidden_RD = teacher.hidden(samples)
+        student_RD = backbone.hidden(row)[row.predict_R]
+        return chunked_divergence(student_RD, backbone.head_VD, hidden_RD, teacher.head_VD, forward_kl)[0].mean()
+
+    plain = loss()
+    with torch.autocast("cpu", torch.bfloat16):
+        low = loss()
+    assert low != plain
+    torch.testing.assert_close(low, plain, rtol=0.05, atol=1e-4)
+    low.backward()
+    assert backbone.head_VD.grad is not None
+    assert backbone.head_VD.grad.dtype == torch.float32
 
 
 def test_without_a_layout_the_model_is_as_with_sdpa() -> None:
