@@ -81,7 +81,7 @@ class VllmEngine:
         on_cpu = device.type == "cpu"
         self._dtype = pick_dtype(dtype, device)
         self._beside = adapters == "beside" or (adapters == "auto" and not on_cpu)
-        self._vllm = _import_vllm()
+        self._vllm = require_vllm()
         self.can_sleep: bool = not on_cpu
         arguments: dict[str, Any] = {
             "model": self._source,
@@ -365,7 +365,12 @@ class VllmEngine:
         return self.renderer.stop_ids | frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos])
 
 
-def _import_vllm() -> Any:
+def require_vllm() -> Any:
+    """The vLLM package, imported without what it does to this process.
+
+    Raises:
+        MissingPackageError: it is not installed, or does not import.
+    """
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     try:

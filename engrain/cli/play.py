@@ -18,6 +18,7 @@ from rich.text import Text
 from agent.episode import Episode, FinishReason, Message, SamplingParams, StopReason, Turn, episode_id
 from engrain.cli.common import (
     DEFAULT_MODEL,
+    AdmissibleOption,
     EngineName,
     EngineOption,
     EnvArgument,
@@ -56,6 +57,7 @@ def command(
     episodes: Annotated[int, typer.Option("--episodes", "-n", min=1, help="How many tasks to play.")] = 1,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.7,
     max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens a turn.")] = 256,
+    admissible: AdmissibleOption = False,
     engine: EngineOption = EngineName.TRANSFORMERS,
     human: Annotated[bool, typer.Option("--human", help="Play yourself.")] = False,
     store: StoreOption = None,
@@ -74,7 +76,7 @@ def command(
         else:
             text = find_knowledge(knowledge, opened) if knowledge else None
             weights = find_checkpoint(checkpoint, opened, model) if checkpoint else None
-            sampling = SamplingParams(temperature=temperature, max_tokens=max_tokens)
+            sampling = SamplingParams(temperature=temperature, max_tokens=max_tokens, admissible_only=admissible)
             with open_sampler(model, engine) as sampler:
                 load_checkpoint(sampler, weights)
                 played = _play_agent(tasks, console, opened, sampler, text, sampling, seed)

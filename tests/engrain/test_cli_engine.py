@@ -1,0 +1,50 @@
+"""`--engine` and `--admissible` on the command line, with the model of 27 008 weights and TextWorld."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import engrain.cli as shell
+from memory.store import Store
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed here")
+@pytest.mark.parametrize("command", ["play", "eval"])
+def test_without_vllm_one_line_says_what_to_install(command: str, tiny_folder: Path) -> None:
+    arguments = [command, "math", "-m", str(tiny_folder), "--engine", "vllm"]
+    done = subprocess.run([sys.executable, "-m", "engrain", *arguments], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert "pip install 'engrain[vllm]'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_engine_that_does_not_exist_is_refused(tiny_folder: Path) -> None:
+    result = CliRunner().invoke(shell.app, ["eval", "math", "-m", str(tiny_folder), "--engine", "vlm"])
+    assert result.exit_code == 2
+    assert "transformers" in result.output
+
+
+def test_admissible_replies_are_commands_of_the_game(
+    engrain_home: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    options = ("-o", "max_turns=3", "--temperature", "1.0", "--max-tokens", "120", "--json")
+    result = CliRunner().invoke(
+        shell.app, ["play", "textworld", "-m", str(tiny_folder), "--admissible", *options], catch_exceptions=False
+    )
+    assert result.exit_code == 0, result.output
+    (episode,) = json.loads(result.stdout)
+    with Store.open(str(engrain_home / "engrain.db"), create=False) as store:
+        (kept,) = store.episodes()
+    assert len(kept.turns) == len(episode["turns"]) > 0
+    assert kept.sampling.admissible_only
+    for turn in kept.turns:
+        assert turn.choices
+        assert turn.action in turn.choices
