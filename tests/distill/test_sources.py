@@ -7,6 +7,7 @@ import logging
 import pytest
 import torch
 
+from agent.engines.lora import _sum, can_merge
 from agent.engines.transformers import TransformersEngine
 from agent.episode import SamplingParams
 from agent.rollout import play
@@ -79,6 +80,15 @@ def test_every_turn_is_masked_to_its_sampled_tokens_and_their_end(student, chats
             closed = episode.token_ids[turn.start : turn.end].count(end)
             assert closed == (turn.finish_reason == "stop")
     assert len({s.teacher_prompt for s in batch.samples}) == 2
+
+
+def test_all_turns_of_a_batch_are_sampled_from_weights_merged_once(student, chats, knowledge, monkeypatch) -> None:
+    made = []
+    monkeypatch.setattr("agent.engines.lora._sum", lambda layer, names: made.append(layer) or _sum(layer, names))
+    batch = OnPolicySource(chats({}, {}), student, knowledge, batch_size=2, sampling=SIX, seed=0)(0)
+    assert {len(e.turns) for e in batch.episodes} == {3}
+    assert len(made) == len({id(layer) for layer in made}) == 14
+    assert can_merge(student.network)
 
 
 def test_a_failed_rollout_shifts_nothing(student, chats, knowledge) -> None:
