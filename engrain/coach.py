@@ -8,7 +8,6 @@ from pathlib import Path
 
 from agent.engines.base import Engine
 from agent.models.resolve import resolve
-from engrain.settings import Settings
 
 
 def parts(coach: str) -> tuple[str, str | None]:
@@ -35,21 +34,9 @@ def open_coach(coach: str, find: Callable[[str], Path] = resolve) -> Iterator[En
 
         engine = TransformersEngine(find(model), name=model)
     else:
-        from transformers import AutoTokenizer
+        from engrain.servers import connect
 
-        from agent.engines.server import ServerEngine
-
-        settings = Settings()
-        folder = find(model)
-        engine = ServerEngine(
-            [url],
-            AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False),
-            name=model,
-            aliases=[str(folder)],
-            api_key=settings.api_key.get_secret_value(),
-            timeout=settings.server_timeout,
-            patience=settings.server_patience,
-        )
+        engine = connect(model, [url], find)
     try:
         yield engine
     finally:

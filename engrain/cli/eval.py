@@ -12,6 +12,7 @@ from rich.table import Table
 from engrain.cli.common import (
     DEFAULT_MODEL,
     AdmissibleOption,
+    BaseUrlOption,
     EngineName,
     EngineOption,
     EnvArgument,
@@ -47,6 +48,7 @@ def command(
     max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens a turn.")] = 256,
     admissible: AdmissibleOption = False,
     engine: EngineOption = EngineName.TRANSFORMERS,
+    base_url: BaseUrlOption = None,
     seed: SeedOption = 0,
     store: StoreOption = None,
     as_json: JsonOption = False,
@@ -73,7 +75,10 @@ def command(
                 text,
                 weights,
             )
-        with open_sampler(model, engine) as sampler, ConsoleListener(Console(stderr=True), quiet=as_json) as listener:
+        with (
+            open_sampler(model, engine, base_url) as sampler,
+            ConsoleListener(Console(stderr=True), quiet=as_json) as listener,
+        ):
             for name, (with_text, with_weights) in arms.items():
                 load_checkpoint(sampler, with_weights)
                 settings = [
@@ -82,7 +87,7 @@ def command(
                     with_weights and with_weights.id,
                     sampling.model_dump(),
                     seed,
-                    *([engine] if engine is not EngineName.TRANSFORMERS else []),
+                    *(["server"] if base_url else [engine] if engine is not EngineName.TRANSFORMERS else []),
                 ]
                 episodes = play_stored(
                     memory,

@@ -19,6 +19,7 @@ from agent.episode import Episode, FinishReason, Message, SamplingParams, StopRe
 from engrain.cli.common import (
     DEFAULT_MODEL,
     AdmissibleOption,
+    BaseUrlOption,
     EngineName,
     EngineOption,
     EnvArgument,
@@ -59,6 +60,7 @@ def command(
     max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens a turn.")] = 256,
     admissible: AdmissibleOption = False,
     engine: EngineOption = EngineName.TRANSFORMERS,
+    base_url: BaseUrlOption = None,
     human: Annotated[bool, typer.Option("--human", help="Play yourself.")] = False,
     store: StoreOption = None,
     as_json: JsonOption = False,
@@ -77,7 +79,7 @@ def command(
             text = find_knowledge(knowledge, opened) if knowledge else None
             weights = find_checkpoint(checkpoint, opened, model) if checkpoint else None
             sampling = SamplingParams(temperature=temperature, max_tokens=max_tokens, admissible_only=admissible)
-            with open_sampler(model, engine) as sampler:
+            with open_sampler(model, engine, base_url) as sampler:
                 load_checkpoint(sampler, weights)
                 played = _play_agent(tasks, console, opened, sampler, text, sampling, seed)
     if as_json:
