@@ -256,6 +256,11 @@ class Cluster:
         if self._own:
             self._ray.shutdown()
 
+    @property
+    def complete(self) -> bool:
+        """Whether all players that are wanted are there."""
+        return len(self._seats) == self._wanted
+
     # -- the players, for `_Run` --------------------------------------------------------------------------------------
 
     def _fill(self) -> None:
