@@ -15,7 +15,7 @@ from agent.engines.base import Engine
 from agent.episode import Episode, FinishReason, Message, SamplingParams, StopReason
 from agent.renderer import Renderer
 from envs.errors import UsageError
-from memory.admission import ATTEMPT
+from memory.admission import ATTEMPT, poses
 from memory.prompts import MODES, PROMPT_VERSION, Mode, contrast_messages, examples_messages, paper_messages
 from memory.records import Extraction, digest
 from memory.render import HEADER
@@ -39,7 +39,7 @@ def parse(output: str, *, finished: bool = True, max_items: int | None = None) -
     """Read `- EXPERIENCE ITEM: <text>` lines; other prose is passed over.
 
     Malformed are lines that name an experience item in any other form; items that are empty, a mere placeholder,
-    longer than 400 characters or hold control or invisible characters; items beyond `max_items`; and, when the
+    longer than 400 characters or hold control, invisible or garbled characters; items beyond `max_items`; and, when the
     output was cut off (`finished` False), a last line without its end. An item said twice counts once.
     """
     items: list[str] = []
@@ -64,13 +64,14 @@ def parse(output: str, *, finished: bool = True, max_items: int | None = None) -
 def _admissible(text: str) -> bool:
     return (
         len(text) <= MAX_ITEM_CHARACTERS
-        and not ATTEMPT.search(text)
+        and not poses(text)
         and not _PLACEHOLDER.fullmatch(text)
         and any(character.isalnum() for character in text)
-        and not any(unicodedata.category(character) in _INVISIBLE for character in text)
+        and not any(c == _GARBLED or unicodedata.category(c) in _INVISIBLE for c in text)
     )
 
 
+_GARBLED = "\ufffd"  # what a record shows in place of a control character
 _INVISIBLE = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
 
 
@@ -135,7 +136,7 @@ def _quoted(text: str) -> str:
     """Foreign text, made unable to pass for anything but text."""
     text = "".join(c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs") else "\ufffd" for c in text)
     text = _RULE.sub(r"\1> \2", text)
-    return "\n".join(f"> {line}" if ATTEMPT.search(line) else line for line in text.split("\n")).strip()
+    return "\n".join(f"> {line}" if poses(line) else line for line in text.split("\n")).strip()
 
 
 class Extractor:
