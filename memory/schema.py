@@ -337,3 +337,16 @@ class EventRow(Base):
     action: Mapped[str] = mapped_column(String(64))
     why: Mapped[str]
     detail: Mapped[Any | None]
+
+
+class LeaseRow(Base):
+    """Who holds a name, until when, in seconds since 1970 by the database's clock. No part of what is exported."""
+
+    __tablename__ = "leases"
+    name: Mapped[str] = _key(primary_key=True)
+    token: Mapped[str] = _key()
+    host: Mapped[str]
+    machine: Mapped[str]
+    pid: Mapped[int]
+    since: Mapped[float]
+    expires: Mapped[float]

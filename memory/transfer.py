@@ -31,12 +31,12 @@ from memory.columns import (
 from memory.database import VERSION_TABLE, Database, chunks
 from memory.errors import BadStoreError
 from memory.items import count_support
-from memory.schema import Base, EventRow, ItemRow, KnowledgeRow, RoundRow
+from memory.schema import Base, EventRow, ItemRow, KnowledgeRow, LeaseRow, RoundRow
 
 HEADER = "engrain"  # the key of the first line, and of `store.json` beside Parquet files
 _BATCH = 500
 _TABLES: dict[str, type[Base]] = {mapper.class_.__tablename__: mapper.class_ for mapper in Base.registry.mappers}
-_ORDER = [table.name for table in Base.metadata.sorted_tables]
+_ORDER = [table.name for table in Base.metadata.sorted_tables if table.name != LeaseRow.__tablename__]
 _UNPACK: dict[str, Callable[[bytes], Sequence[Any]]] = {
     "token_ids": unpack_ids, "loss_mask": unpack_mask, "logprobs": unpack_logprobs,
 }  # fmt: skip
