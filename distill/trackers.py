@@ -54,6 +54,19 @@ class Trackers:
             tracker.log(values, step=step)
 
 
+def check_trackers(names: Sequence[str]) -> None:
+    """Refuse what cannot be opened, before hours are spent on a run.
+
+    Raises:
+        DistillConfigError: a name is unknown, or its package is not installed; the message names the extra.
+    """
+    for name in names:
+        if name not in TRACKERS:
+            raise DistillConfigError(f"unknown tracker {name!r}; use one of {', '.join(TRACKERS)}")
+        if find_spec(name) is None:
+            raise DistillConfigError(f"tracker {name} is not installed; run: pip install 'engrain[{name}]'")
+
+
 @contextmanager
 def open_trackers(names: Sequence[str], folder: Path, settings: Mapping[str, Any]) -> Iterator[Trackers | None]:
     """The named trackers, started, and finished at the end; None for no names, and in all but the main process.
@@ -67,13 +80,9 @@ def open_trackers(names: Sequence[str], folder: Path, settings: Mapping[str, Any
         settings: the run's settings, which the trackers show beside its numbers.
 
     Raises:
-        DistillConfigError: a name is unknown, or its package is not installed; the message names the extra.
+        DistillConfigError: as `check_trackers`.
     """
-    for name in names:
-        if name not in TRACKERS:
-            raise DistillConfigError(f"unknown tracker {name!r}; use one of {', '.join(TRACKERS)}")
-        if find_spec(name) is None:
-            raise DistillConfigError(f"tracker {name} is not installed; run: pip install 'engrain[{name}]'")
+    check_trackers(names)
     if not names or not is_main():
         yield None
         return

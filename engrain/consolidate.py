@@ -26,7 +26,7 @@ from distill.partial import PrefixSource
 from distill.refresh import RefreshedSource
 from distill.source import Batch, OnPolicySource, Source
 from distill.teacher import EmaTeacher, FrozenTeacher, check_vocabulary
-from distill.trackers import Tracker
+from distill.trackers import open_trackers
 from distill.trainer import FitResult, Trainer
 from engrain.errors import EngineCannotTrainError
 from envs.base import Task
@@ -60,7 +60,7 @@ def consolidate(
     teacher: TransformersEngine | None = None,
     episodes: Sequence[Episode] | None = None,
     sampler: Engine | None = None,
-    tracker: Tracker | None = None,
+    track: Sequence[str] = (),
 ) -> FitResult:
     """Distil `knowledge` into an adapter on the engine's base model, resuming what `folder` holds.
 
@@ -80,7 +80,7 @@ def consolidate(
         teacher: a second model that teaches, the one that `config.teacher` names.
         episodes: stored ones, whose replies the student gives anew; nothing is played on policy then.
         sampler: another engine that samples for the student, refreshed every `config.sync_every` steps.
-        tracker: told every step and validation, such as one of `distill.trackers`.
+        track: names of trackers to log to (`distill.trackers`); no part of what the run is.
 
     Of several processes the main one's arguments hold, and only its callbacks are called; `engine`, `teacher` and
     `sampler` are each process's own.
@@ -105,7 +105,7 @@ def consolidate(
     if teacher is not None:
         check_vocabulary(engine.tokenizer, teacher.tokenizer)
     job = from_main(lambda: _Job(tasks, knowledge, config, folder, parent, episodes, sampler is not None))
-    return _train(engine, job, teacher, sampler, validate, on_step, on_episode, tracker)
+    return _train(engine, job, teacher, sampler, validate, on_step, on_episode, track)
 
 
 def join(engine: TransformersEngine, teacher: TransformersEngine | None = None) -> None:
@@ -139,7 +139,7 @@ def _train(
     validate: Callable[[TransformersEngine, int], float] | None = None,
     on_step: Callable[[StepMetrics], None] | None = None,
     on_episode: Callable[[Episode], None] | None = None,
-    tracker: Tracker | None = None,
+    track: Sequence[str] = (),
 ) -> FitResult:
     config, folder, parent = job.config, job.folder, job.parent
     assert config.lora is not None  # noqa: S101 - checked by consolidate
@@ -177,7 +177,8 @@ def _train(
             decode=own.renderer.decode,
             parallel=parallel,
         )
-        return trainer.fit(validate=score if validated else None, on_step=on_step, tracker=tracker)
+        with open_trackers(track, folder, config.model_dump(mode="json")) as tracker:
+            return trainer.fit(validate=score if validated else None, on_step=on_step, tracker=tracker)
     finally:
         if isinstance(parallel, Sharded):  # its layers are no plain modules any more
             engine.close()

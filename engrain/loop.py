@@ -73,6 +73,7 @@ class Round:
         folder: where its checkpoints go.
         listener: is told what happens.
         open_coach: opens the model that `config.extract.coach` names; it is closed when the episodes are read.
+        track: names of trackers that training logs to.
     """
 
     def __init__(
@@ -84,10 +85,11 @@ class Round:
         folder: Path,
         listener: Listener,
         open_coach: Callable[[str], AbstractContextManager[Engine]] = open_coach,
+        track: Sequence[str] = (),
     ) -> None:
         self.store, self.engine, self.config, self.record = store, engine, config, record
         self.folder, self.listener, self.open_coach = folder, listener, open_coach
-        self.tasks = RoundTasks.draw(config)
+        self.tasks, self.track = RoundTasks.draw(config), track
         self.state: dict[str, Any] = dict(record.state)
         self._started = time.monotonic() - float(self.state.get("seconds", 0.0))
         self.parent = self._parent()
@@ -222,6 +224,7 @@ class Round:
             on_step=on_step,
             validate=validate,
             on_episode=self._keep_training_episode,
+            track=self.track,
         )
         if fit.stopped:
             self.listener.note(f"stopped early: {fit.stopped}")

@@ -27,6 +27,7 @@ from engrain.cli.common import (
     open_store,
     world_options,
 )
+from engrain.cli.launched import TrackOption, joined
 from envs.base import Split, Task
 from envs.errors import UsageError
 from memory.records import digest
@@ -79,6 +80,7 @@ def command(
     save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 10,
     seed: SeedOption = 0,
     store: StoreOption = None,
+    track: TrackOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Distil one text into an adapter, by OPCD or a baseline. Prints the chosen checkpoint's folder."""
@@ -86,7 +88,7 @@ def command(
     from agent.rollout import play
     from distill.config import DistillConfig, LoraSettings
     from engrain.console import ConsoleListener
-    from engrain.consolidate import consolidate
+    from engrain.consolidate import consolidate, dismiss
     from envs import registry
 
     picked = {"--round": round_, "--stage": stage, "--solved/--failed": success}
@@ -111,6 +113,8 @@ def command(
             "seed": seed,
         }
     )
+    if joined(model, teacher, track):
+        return
     if from_episodes and not config.on_policy_samples:
         raise UsageError(f"--from-episodes is for what the student samples, and with --method {method} it samples none")
     played = not from_episodes or config.on_policy_samples < batch_size  # whether an env is needed to train
@@ -147,8 +151,10 @@ def command(
                 on_step=lambda metrics: listener.step(metrics, steps),
                 validate=validate if held_out else None,
                 teacher=other,
+                track=track or (),
                 episodes=stored,
             )
+    dismiss()
     facts = {
         "checkpoint": str(fit.best),
         "step": fit.best_step,

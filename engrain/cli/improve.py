@@ -19,6 +19,7 @@ from engrain.cli.common import (
     open_store,
 )
 from engrain.cli.common import world_options as parse_options
+from engrain.cli.launched import TrackOption, joined
 from engrain.errors import RoundConflictError
 from envs.errors import UsageError
 
@@ -56,6 +57,7 @@ def command(
     out: Annotated[
         Path | None, typer.Option(help="Folder for report.json and curve.png; the round's own if not given.")
     ] = None,
+    track: TrackOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Play, extract experience, distil it into the weights, and keep the result only if it is better.
@@ -68,6 +70,7 @@ def command(
     from engrain.coach import parts
     from engrain.config import ImproveConfig
     from engrain.console import ConsoleListener
+    from engrain.consolidate import dismiss
     from engrain.demo import demo_config
     from engrain.loop import Round
     from engrain.report import summary, table, write
@@ -105,6 +108,8 @@ def command(
             settings["evaluation"][name] = count
     chosen = ImproveConfig.model_validate(settings)
     RoundTasks.draw(chosen)  # before a round is opened or a model is loaded
+    if joined(chosen.model, chosen.distill.teacher, track):
+        return
     if chosen.extract.coach:
         resolve_with_bar(parts(chosen.extract.coach)[0])
 
@@ -121,7 +126,8 @@ def command(
                 f"round {record.number} of {chosen.model} is being played by another process; wait for it, or stop it"
             ) from None
         with lock, open_engine(chosen.model) as engine, ConsoleListener(console, quiet=as_json) as listener:
-            result = Round(memory, engine, chosen, record, folder, listener).run()
+            result = Round(memory, engine, chosen, record, folder, listener, track=track or ()).run()
+        dismiss()
         target = out or folder
         report = write(result, chosen, target)
         if as_json:
