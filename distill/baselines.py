@@ -19,7 +19,7 @@ from distill.adapters import teacher_weights
 from distill.distributed import play
 from distill.errors import DistillConfigError
 from distill.packing import Sample
-from distill.source import Batch, Source, check_pair, deal, opening, step_seed
+from distill.source import Batch, Source, allowed_in, check_pair, deal, opening, step_seed
 from envs.base import Task
 
 #: How many batches may be played for one step before it is given up that an episode succeeds.
@@ -33,7 +33,8 @@ def teacher_sample(episode: Episode, renderer: Renderer, max_context: int) -> Sa
         DistillConfigError: as `distill.source.check_pair`.
     """
     own = episode.token_ids[: episode.prompt_length]
-    sample = replace(Sample.from_episode(episode, own), student_prompt=tuple(renderer.prompt(opening(episode))))
+    sample = Sample.from_episode(episode, own, allowed_in(episode, renderer))
+    sample = replace(sample, student_prompt=tuple(renderer.prompt(opening(episode))))
     check_pair(sample, renderer, max_context)
     return sample
 

@@ -148,6 +148,12 @@ class Overlap:
     shared_mass_P: Tensor  # sum_v min(s, t): 1 where they are equal, 0 where they are disjoint
 
 
+#: For each position the ids that could be sampled there, None for all.
+Restrictions = Sequence[Sequence[int] | None]
+
+_FORBIDDEN = -1e4  # the logit of an id that was not allowed
+
+
 #: (student log-probs RV of some rows, their probabilities, the teacher's logits RV or None, their place among the
 #: positions) -> (d R, g RV, the fields of Overlap, each R)
 _Score = Callable[[Tensor, Tensor, Tensor | None, slice], tuple[Tensor, Tensor, tuple[Tensor, ...]]]
@@ -169,13 +175,15 @@ class _Chunked(torch.autograd.Function):
         weight_t_VD: Tensor | None,
         score: _Score,
         chunk: int,
+        allowed: Restrictions,
     ) -> tuple[Tensor, Tensor]:
         size = hidden_PD.shape[0]
         d_P = hidden_PD.new_empty(size, dtype=torch.float32)
         stats_KP = hidden_PD.new_empty(len(fields(Overlap)), size, dtype=torch.float32)
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         grad_PD = torch.empty_like(hidden_PD) if needs_hidden else None
-        for part, logits_CV, rows in _chunks(hidden_PD, weight_VD, hidden_t_PD, weight_t_VD, score, chunk):
+        chunks = _chunks(hidden_PD, weight_VD, hidden_t_PD, weight_t_VD, score, chunk, allowed)
+        for part, logits_CV, rows in chunks:
             for place, here, grad_RV, d_R, stats in rows:
                 d_P[place] = d_R
                 for row, values in enumerate(stats):
@@ -185,7 +193,7 @@ class _Chunked(torch.autograd.Function):
             if grad_PD is not None:
                 grad_PD[part] = logits_CV @ weight_VD
         ctx.save_for_backward(grad_PD, *((hidden_PD, weight_VD, hidden_t_PD, weight_t_VD) if needs_weight else ()))
-        ctx.score, ctx.chunk = score if needs_weight else None, chunk
+        ctx.score, ctx.chunk, ctx.allowed = score if needs_weight else None, chunk, allowed
         ctx.mark_non_differentiable(stats_KP)
         return d_P, stats_KP
 
@@ -198,13 +206,13 @@ class _Chunked(torch.autograd.Function):
         if rest:  # a trained output head: the upstream weights are only known now, so the chunks are made again
             hidden_PD, weight_VD, hidden_t_PD, weight_t_VD = rest
             grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32)
-            again = _chunks(hidden_PD, weight_VD, hidden_t_PD, weight_t_VD, ctx.score, ctx.chunk)
+            again = _chunks(hidden_PD, weight_VD, hidden_t_PD, weight_t_VD, ctx.score, ctx.chunk, ctx.allowed)
             for part, logits_CV, rows in again:
                 for place, here, grad_RV, _, _ in rows:
                     logits_CV[here] = grad_RV * upstream_P[place, None]
                 grad_weight += logits_CV.T @ hidden_PD[part].to(weight_VD.dtype)
             grad_weight = grad_weight.to(weight_VD.dtype)
-        return grad_hidden, grad_weight, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None
 
 
 #: A row's place among the positions and within its chunk, its gradient in the logits, its d and its Overlap.
@@ -218,6 +226,7 @@ def _chunks(
     weight_t_VD: Tensor | None,
     score: _Score,
     chunk: int,
+    allowed: Restrictions,
 ) -> Iterator[tuple[slice, Tensor, Iterator[_Row]]]:
     """Each chunk's place, the student's logits there, and its rows scored a few at a time. Buffers are used again."""
     buffers = [w.new_empty(min(chunk, len(hidden_PD)), len(w)) for w in (weight_VD, weight_t_VD) if w is not None]
@@ -227,6 +236,10 @@ def _chunks(
         logits_t_CV = None
         if hidden_t_PD is not None and weight_t_VD is not None:
             logits_t_CV = _logits(hidden_t_PD[part], weight_t_VD, buffers[1])
+        if allowed:
+            restrict(logits_CV, allowed[part])
+            if logits_t_CV is not None:
+                restrict(logits_t_CV, allowed[part])
         yield part, logits_CV, _rows(logits_CV, logits_t_CV, score, start)
 
 
@@ -244,6 +257,19 @@ def _rows(logits_CV: Tensor, logits_t_CV: Tensor | None, score: _Score, start: i
 
 def _logits(hidden_CD: Tensor, weight_VD: Tensor, buffer_CV: Tensor) -> Tensor:
     return torch.mm(hidden_CD.to(weight_VD.dtype), weight_VD.T, out=buffer_CV[: len(hidden_CD)])
+
+
+def restrict(logits_CV: Tensor, allowed: Restrictions) -> None:
+    """Take all probability from the ids that were not allowed, in place; rows with None keep theirs.
+
+    Their logits become so low that their probability is 0 in float32, and stay finite, so that 0 * log 0 is 0.
+    """
+    for row_V, ids in zip(logits_CV, allowed, strict=True):
+        if ids is not None:
+            index = torch.tensor(ids, device=row_V.device)
+            kept = row_V[index]
+            row_V.fill_(_FORBIDDEN)
+            row_V[index] = kept
 
 
 def _log_probs(logits_RV: Tensor) -> Tensor:
@@ -282,6 +308,7 @@ def chunked_divergence(
     divergence: Divergence,
     *,
     chunk: int | None = None,
+    allowed: Restrictions = (),
 ) -> tuple[Tensor, Overlap]:
     """Divergence of every position, exact over the whole vocabulary, without holding P x V.
 
@@ -292,6 +319,7 @@ def chunked_divergence(
         weight_t_VD: the teacher's output head over the same vocabulary.
         divergence: one of this module's.
         chunk: positions at a time; by default those whose logits fit 64 MiB.
+        allowed: the ids among which both distribute their probability, one entry a position; () restricts none.
 
     Returns:
         d_P in nats, differentiable, and the detached `Overlap` of the same positions.
@@ -313,11 +341,16 @@ def chunked_divergence(
         logp_t_RV = _log_probs(logits_t_RV)
         return *divergence(logp_s_RV, logp_t_RV), _overlap(logp_s_RV, s_RV, logp_t_RV)
 
-    return _run(hidden_s_PD, weight_s_VD, hidden_t_PD, weight_t_VD, score, chunk)
+    return _run(hidden_s_PD, weight_s_VD, hidden_t_PD, weight_t_VD, score, chunk, allowed)
 
 
 def chunked_cross_entropy(
-    hidden_PD: Tensor, weight_VD: Tensor, target_P: Tensor, *, chunk: int | None = None
+    hidden_PD: Tensor,
+    weight_VD: Tensor,
+    target_P: Tensor,
+    *,
+    chunk: int | None = None,
+    allowed: Restrictions = (),
 ) -> tuple[Tensor, Overlap]:
     """-log s(target) of every position, exact over the whole vocabulary, without holding P x V.
 
@@ -329,6 +362,7 @@ def chunked_cross_entropy(
         weight_VD: the student's output head; it gets a gradient if it asks for one.
         target_P: token ids.
         chunk: positions at a time; by default those whose logits fit 64 MiB.
+        allowed: the ids among which the student distributes its probability, one entry a position; () restricts none.
 
     Returns:
         d_P in nats, differentiable, and the detached `Overlap` of the same positions.
@@ -349,7 +383,7 @@ def chunked_cross_entropy(
         mass_R = (-d_R).exp()
         return d_R, g_RV, (-torch.linalg.vecdot(s_RV, logp_RV), torch.zeros_like(d_R), hit_R, mass_R, mass_R)
 
-    return _run(hidden_PD, weight_VD, None, None, score, chunk)
+    return _run(hidden_PD, weight_VD, None, None, score, chunk, allowed)
 
 
 def _run(
@@ -359,13 +393,16 @@ def _run(
     weight_t_VD: Tensor | None,
     score: _Score,
     chunk: int | None,
+    allowed: Restrictions,
 ) -> tuple[Tensor, Overlap]:
+    if allowed and len(allowed) != len(hidden_PD):
+        raise ValueError(f"{len(hidden_PD)} positions and {len(allowed)} restrictions")
     kind = hidden_PD.device.type
     if torch.is_autocast_enabled(kind):  # the products below write into buffers, which autocast does not look at
         lower = torch.get_autocast_dtype(kind)
         weight_VD, weight_t_VD = weight_VD.to(lower), None if weight_t_VD is None else weight_t_VD.to(lower)
     d_P, stats_KP = _Chunked.apply(  # type: ignore[no-untyped-call]
-        hidden_PD, weight_VD, hidden_t_PD, weight_t_VD, score, chunk or chunk_size(weight_VD)
+        hidden_PD, weight_VD, hidden_t_PD, weight_t_VD, score, chunk or chunk_size(weight_VD), allowed
     )
     return d_P, Overlap(*stats_KP.unbind(0))
 

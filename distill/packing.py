@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from agent.constraint import Allowed
 from agent.episode import Episode
 
 
@@ -29,15 +30,21 @@ class Sample:
     teacher_prompt: tuple[int, ...]
     continuation: tuple[int, ...]
     mask: tuple[bool, ...]
+    #: For each sampled token the ids that were allowed there, None for all; () where no reply was restricted.
+    allowed: tuple[Allowed | None, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.continuation) != len(self.mask):
             raise ValueError("continuation and mask differ in length")
         if not self.student_prompt or not self.teacher_prompt:
             raise ValueError("a prompt is empty")
+        if self.allowed and len(self.allowed) != self.sampled:
+            raise ValueError("allowed has not one entry for each sampled token")
 
     @classmethod
-    def from_episode(cls, episode: Episode, teacher_prompt: Sequence[int]) -> Sample:
+    def from_episode(
+        cls, episode: Episode, teacher_prompt: Sequence[int], allowed: Sequence[Allowed | None] = ()
+    ) -> Sample:
         """The episode's own ids, with the prompt the teacher shall read in place of the student's."""
         start = episode.prompt_length
         end = max(
@@ -49,6 +56,7 @@ class Sample:
             teacher_prompt=tuple(teacher_prompt),
             continuation=episode.token_ids[start:end],
             mask=episode.loss_mask[start:end],
+            allowed=tuple(allowed),
         )
 
     @property
@@ -77,6 +85,7 @@ class Packed:
     predict_R: Tensor  # indices into T
     target_R: Tensor  # the sampled ids at those positions
     lengths: list[int] = field(default_factory=list)  # sampled tokens of each sequence, summing to R
+    allowed: list[Allowed | None] = field(default_factory=list)  # for each of the R; [] where none is restricted
 
 
 def pack(
@@ -104,6 +113,7 @@ def pack(
     predict: list[int] = []
     targets: list[int] = []
     lengths: list[int] = []
+    allowed: list[Allowed | None] = []
     for index, (prompt, sample) in enumerate(zip(prompts, samples, strict=True)):
         if not prompt:
             raise ValueError("a packed prompt is empty: at least its last token must be read")
@@ -117,6 +127,7 @@ def pack(
         predict += [start + len(prompt) + i - 1 for i in marked]
         targets += [sample.continuation[i] for i in marked]
         lengths.append(len(marked))
+        allowed += sample.allowed or [None] * len(marked)
     return Packed(
         input_ids_1T=torch.tensor([ids], dtype=torch.long, device=device),
         position_ids_1T=torch.tensor([positions], dtype=torch.long, device=device),
@@ -125,6 +136,7 @@ def pack(
         predict_R=torch.tensor(predict, dtype=torch.long, device=device),
         target_R=torch.tensor(targets, dtype=torch.long, device=device),
         lengths=lengths,
+        allowed=allowed if any(ids is not None for ids in allowed) else [],
     )
 
 

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from agent.constraint import allowed_ids
 from agent.engines.base import Engine
 from agent.episode import Episode, SamplingParams
 from agent.renderer import Renderer
@@ -17,7 +18,7 @@ from agent.rollout import request_seed
 from distill.distributed import generate
 from distill.errors import DistillConfigError
 from distill.packing import Sample
-from distill.source import Batch, check_pair, deal, opening, step_seed
+from distill.source import Batch, check_pair, deal, opening, step_seed, vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +30,7 @@ class _Prefix:
     id: str
     student_prompt: tuple[int, ...]
     teacher_prompt: tuple[int, ...]
+    choices: tuple[str, ...] | None = None  # what the reply was restricted to, and is again
 
 
 class PrefixSource:
@@ -86,6 +88,7 @@ class PrefixSource:
                 update={
                     "max_tokens": min(self.sampling.max_tokens, self.max_context - len(prefix.teacher_prompt)),
                     "seed": request_seed(seed, prefix.id, place, 0),
+                    "choices": prefix.choices,
                 }
             )
             for place, prefix in enumerate(prefixes)
@@ -95,7 +98,10 @@ class PrefixSource:
         for prefix, reply in zip(prefixes, replies, strict=True):
             if reply.token_ids and reply.exact:
                 mask = (True,) * len(reply.token_ids)
-                sample = Sample(prefix.id, prefix.student_prompt, prefix.teacher_prompt, reply.token_ids, mask)
+                ids = reply.token_ids
+                choices = prefix.choices
+                allowed = tuple(allowed_ids(vocabulary(self.renderer), choices, ids)) if choices else ()
+                sample = Sample(prefix.id, prefix.student_prompt, prefix.teacher_prompt, ids, mask, allowed)
                 check_pair(sample, self.renderer, self.max_context)
                 samples.append(sample)
         return Batch(tuple(samples), ())
@@ -111,7 +117,7 @@ class PrefixSource:
         own = episode.token_ids[:start] if episode.knowledge is None else tuple(self.renderer.prompt(messages))
         taught = tuple(self.renderer.prompt(messages, knowledge))
         return [
-            _Prefix(f"{episode.id}/{number}", own + before, taught + before)
+            _Prefix(f"{episode.id}/{number}", own + before, taught + before, turn.choices)
             for number, turn in enumerate(episode.turns)
             for before in [episode.token_ids[start : turn.start]]
         ]

@@ -9,8 +9,10 @@ import hashlib
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TypeVar
 
+from agent.constraint import Allowed, Vocabulary, episode_allowed
 from agent.engines.base import Engine
 from agent.episode import Episode, Message, SamplingParams
 from agent.renderer import Renderer
@@ -69,9 +71,26 @@ def make_sample(episode: Episode, renderer: Renderer, knowledge: str, max_contex
     if episode.knowledge is not None:  # its own prompt holds the knowledge
         raise DistillConfigError(f"episode {episode.id} was played with knowledge; use TeacherSource for such episodes")
     teacher_prompt = renderer.prompt(opening(episode), knowledge)
-    sample = Sample.from_episode(episode, teacher_prompt)
+    sample = Sample.from_episode(episode, teacher_prompt, allowed_in(episode, renderer))
     check_pair(sample, renderer, max_context)
     return sample
+
+
+def allowed_in(episode: Episode, renderer: Renderer) -> list[Allowed | None]:
+    """For each sampled token the ids that were allowed there; [] where no reply was restricted.
+
+    Raises:
+        ConstraintError: a reply is none of its choices.
+    """
+    if not any(turn.choices for turn in episode.turns):
+        return []
+    return episode_allowed(vocabulary(renderer), episode)
+
+
+@lru_cache(maxsize=4)
+def vocabulary(renderer: Renderer) -> Vocabulary:
+    """The tokens' bytes, which take a while to read; kept for the last few renderers."""
+    return Vocabulary(renderer.tokenizer)
 
 
 def opening(episode: Episode) -> list[Message]:

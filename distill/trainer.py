@@ -195,9 +195,16 @@ class Trainer:
         packed = pack([sample.student_prompt for sample in samples], samples, device=self.student.device)
         student_RD, head_VD = self.student.hidden(packed)[packed.predict_R], self.student.head_VD
         if teacher_RD is None:
-            return *chunked_cross_entropy(student_RD, head_VD, packed.target_R), packed
-        divergence = self.divergence(self.objective)
-        return *chunked_divergence(student_RD, head_VD, teacher_RD, self.teacher.head_VD, divergence), packed
+            return *chunked_cross_entropy(student_RD, head_VD, packed.target_R, allowed=packed.allowed), packed
+        scored = chunked_divergence(
+            student_RD,
+            head_VD,
+            teacher_RD,
+            self.teacher.head_VD,
+            self.divergence(self.objective),
+            allowed=packed.allowed,
+        )
+        return *scored, packed
 
     # -- the run ------------------------------------------------------------------------------------------------
 
