@@ -216,7 +216,7 @@ def _unused(connection: sa.Connection, texts: set[str]) -> set[str]:
         sa.select(TurnRow.observation, TurnRow.action, TurnRow.feedback),
         sa.select(EpisodeRow.messages),
     ):
-        rows = connection.execution_options(yield_per=5000).execute(query)
+        rows = connection.execute(query.execution_options(yield_per=5000))
         for row in rows:
             unused.difference_update([digest for _, digest in row[0]] if len(row) == 1 else row)
     return unused

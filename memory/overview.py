@@ -98,12 +98,13 @@ class OverviewTable(Database):
         return [str(id_) for id_ in connection.execute(sa.select(column).order_by(column).limit(limit)).scalars()]
 
     def _nearest(self, connection: sa.Connection, kind: Kind, given: str) -> str | None:
-        """The stored id most like the one given, among those that share its beginning, else among the first ones."""
+        """The stored id most like the one given, among those that share its beginning and some others."""
         for length in range(min(len(given) - 1, 16), 0, -1):
             if pool := self._beginning(connection, kind, given[:length], _NEAR):
                 break
         else:
-            pool = self._some(connection, kind, _NEAR)
+            pool = []
+        pool = list(dict.fromkeys([*pool, *self._some(connection, kind, _NEAR)]))
         short = {id_[: max(len(given), 4)]: id_ for id_ in reversed(pool)}
         found = difflib.get_close_matches(given, [*short, *pool], n=1, cutoff=0.4)
         return short.get(found[0], found[0]) if found else None

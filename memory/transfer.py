@@ -123,7 +123,7 @@ class TransferTable(Database):
     def _export(self, connection: sa.Connection, name: str) -> Iterator[list[Row]]:
         table = Base.metadata.tables[name]
         order = [table.c.version] if name == "knowledge" else list(table.primary_key.columns)  # parents come first
-        found = connection.execution_options(yield_per=_BATCH).execute(sa.select(table).order_by(*order))
+        found = connection.execute(sa.select(table).order_by(*order).execution_options(yield_per=_BATCH))
         for rows in found.mappings().partitions():
             yield [dict(row) for row in rows]
 

@@ -103,7 +103,7 @@ class VerifyTable(Database):
 
     def _verify_texts(self) -> Iterator[Finding]:
         with self._read() as connection:
-            found = connection.execution_options(yield_per=_BATCH).execute(sa.select(TextRow.digest, TextRow.body))
+            found = connection.execute(sa.select(TextRow.digest, TextRow.body).execution_options(yield_per=_BATCH))
             for digest_, body in found:
                 if text_digest(body) != digest_:
                     yield Finding(level="error", kind="text", id=digest_, problem="its digest does not match")
@@ -128,7 +128,8 @@ class VerifyTable(Database):
         columns = [EpisodeRow.token_ids, EpisodeRow.loss_mask, EpisodeRow.logprobs]
         query = sa.select(EpisodeRow.id, EpisodeRow.messages, EpisodeRow.tokens, EpisodeRow.sampled, *columns)
         with self._read() as connection, self._read() as other:
-            rows = connection.execution_options(yield_per=_BATCH).execute(query.order_by(EpisodeRow.id)).mappings()
+            query = query.order_by(EpisodeRow.id).execution_options(yield_per=_BATCH)
+            rows = connection.execute(query).mappings()
             for batch in rows.partitions():
                 wanted = {digest_ for row in batch for _, digest_ in row["messages"]}
                 stored: set[str] = set()
