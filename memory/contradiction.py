@@ -60,7 +60,7 @@ def contradicts(a: str, b: str) -> str | None:
     if opposed:
         word, other = sorted(opposed)[0]
         return f"{word} against {other}"
-    for forms_a, forms_b in ((_markup(a), _markup(b)), (_numbers(a), _numbers(b))):
+    for forms_a, forms_b in ((_markup(a), _markup(b)), (numbers(a), numbers(b))):
         if forms_a and forms_b:
             return None if forms_a & forms_b else f"{min(forms_a)} against {min(forms_b)}"
     return None
@@ -99,5 +99,7 @@ def _markup(text: str) -> set[str]:
     return {form for form in ANCHOR.findall(text) if not form[0].isalnum()}
 
 
-def _numbers(text: str) -> set[str]:
+def numbers(text: str) -> set[str]:
+    """The numbers of a text, in digits or in words up to ten."""
+    text = normalised(text)
     return {form for form in ANCHOR.findall(text) if form.isdigit()} | (set(WORD.findall(text)) & _COUNTS)

@@ -3,8 +3,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.episode import FinishReason, SamplingParams
+from envs.base import Split, Task
 from envs.errors import UsageError
-from memory.extract import MAX_ITEM_CHARACTERS, Extractor, Parsed, parse, transcript
+from memory.extract import MAX_ITEM_CHARACTERS, Extractor, Parsed, alternate, contrast, parse, transcript
 from memory.prompts import MARKER
 from memory.render import render_knowledge
 
@@ -38,6 +39,8 @@ def test_items_are_read_and_prose_is_passed_over():
         "- EXPERIENCE ITEM: half \ud800",
         "- EXPERIENCE ITEM: two\u2028lines",
         "- EXPERIENCE ITEM: tab\there",
+        "- EXPERIENCE ITEM: press \ufffd[31m enter",
+        "- EXPERIENCE ITEM: Ｅxperience Ｉtem: another",
         "- EXPERIENCE ITEM: " + "x" * (MAX_ITEM_CHARACTERS + 1),
     ],
 )
@@ -188,5 +191,46 @@ def test_prompts_never_ask_to_cite_or_explain_the_experience():
     from memory.render import HEADER
 
     lessons = [lesson for _, lesson in prompts._WORKED]
-    for text in [HEADER, prompts.EXAMPLES_SYSTEM, prompts.EXAMPLES_REQUEST, *lessons]:
+    asked = [prompts.EXAMPLES_SYSTEM, prompts.EXAMPLES_REQUEST, prompts.CONTRAST_SYSTEM, prompts.CONTRAST_REQUEST]
+    for text in [HEADER, *asked, *lessons]:
         assert not any(word in text.lower() for word in ("explain", "cite", "mention", "refer to", "according to"))
+
+
+def test_contrast_puts_every_episode_in_one_group_and_a_solved_one_in_each(make_episode):
+    episodes = [make_episode(f"e{n}", success=n % 3 == 0) for n in range(8)]
+    groups = contrast(episodes, 3)
+    assert [len(group) for group in groups] == [3, 3, 2]
+    assert sorted(e.id for group in groups for e in group) == sorted(e.id for e in episodes)
+    assert [[e.success for e in group] for group in groups] == [
+        [False, False, True],
+        [False, False, True],
+        [False, True],
+    ]
+    other = make_episode("x", task=Task.create("maze", Split.TRAIN, 1, {}))
+    assert [[e.task.env for e in group] for group in contrast([episodes[0], other, episodes[1]], 3)] == [
+        ["sums", "sums"],
+        ["maze"],
+    ]
+    assert contrast([], 3) == []
+
+
+def test_contrastive_extraction_shows_episodes_side_by_side_and_names_them_all(queue_engine, make_episode):
+    engine = queue_engine([f"{MARKER} one"])
+    episodes = [make_episode("s", success=True, turns=[("q", "good")]), make_episode("f", turns=[("q2", "bad")])]
+    (found,) = Extractor(engine, "contrastive", sampling=SamplingParams(max_tokens=9)).extract(episodes, 0)
+    assert (found.episode_id, found.others, found.mode, found.items) == ("f", ("s",), "contrastive", ("one",))
+    prompt = engine.tokenizer.decode(engine.calls[0][0][0])
+    record = prompt[prompt.rindex("Attempt 1\n") :]
+    assert record.index("Reply: bad") < record.index("Attempt 2\n") < record.index("Reply: good")
+    assert prompt.count("==========") == 8  # three worked examples and the record
+    with pytest.raises(UsageError, match="at least 2"):
+        Extractor(engine, "contrastive", group=1)
+
+
+def test_broken_episodes_are_not_read_and_failed_and_solved_ones_take_turns(make_episode):
+    episodes = [make_episode(f"e{n}", success=n < 2) for n in range(6)]
+    broken = [make_episode("none", turns=[]), make_episode("error", error="x", stop_reason="error")]
+    chosen = alternate([*broken, *episodes], 5, 0)
+    assert [e.success for e in chosen] == [False, True, False, True, False]
+    assert chosen == alternate([*broken, *episodes], 5, 0)
+    assert len(alternate([*broken, *episodes], 99, 1)) == 6
