@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
-from agent.engines.base import Engine
+from agent.engines.base import Engine, asleep
 from agent.engines.transformers import TransformersEngine
 from agent.episode import Episode
 from agent.rollout import RolloutStats
@@ -73,6 +73,8 @@ class Round:
         folder: where its checkpoints go.
         listener: is told what happens.
         open_coach: opens the model that `config.extract.coach` names; it is closed when the episodes are read.
+        sampler: another engine of the same model, that plays and reads in place of `engine`; it sleeps during
+            training where it can. What training itself samples comes from the weights being trained.
         track: names of trackers that training logs to.
     """
 
@@ -85,8 +87,10 @@ class Round:
         folder: Path,
         listener: Listener,
         open_coach: Callable[[str], AbstractContextManager[Engine]] = open_coach,
+        sampler: Engine | None = None,
         track: Sequence[str] = (),
     ) -> None:
+        self.sampler: Engine = sampler or engine
         self.store, self.engine, self.config, self.record = store, engine, config, record
         self.folder, self.listener, self.open_coach = folder, listener, open_coach
         self.tasks, self.track = RoundTasks.draw(config), track
@@ -129,7 +133,7 @@ class Round:
         self._begin("extract", f"{reader} reads {len(chosen)} of its episodes ({settings.mode})")
         if settings.coach is None:
             self._load(self.parent)
-        with self.open_coach(settings.coach) if settings.coach else nullcontext(self.engine) as engine:
+        with self.open_coach(settings.coach) if settings.coach else nullcontext(self.sampler) as engine:
             extractions = Extractor(engine, settings.mode).extract(chosen, self.config.seed)
         for extraction in extractions:
             self.store.add_extraction(extraction, self.record.id)
@@ -214,18 +218,19 @@ class Round:
             self.listener.note(f"validation after {step} steps: {accuracy:.2f}")
             return accuracy
 
-        fit = consolidate(
-            self.engine,
-            self.tasks.pool,
-            knowledge,
-            config,
-            self.folder,
-            parent=self.parent,
-            on_step=on_step,
-            validate=validate,
-            on_episode=self._keep_training_episode,
-            track=self.track,
-        )
+        with asleep(self.sampler):
+            fit = consolidate(
+                self.engine,
+                self.tasks.pool,
+                knowledge,
+                config,
+                self.folder,
+                parent=self.parent,
+                on_step=on_step,
+                validate=validate,
+                on_episode=self._keep_training_episode,
+                track=self.track,
+            )
         if fit.stopped:
             self.listener.note(f"stopped early: {fit.stopped}")
         chosen = fit.best or fit.last
@@ -333,9 +338,9 @@ class Round:
 
     def _load(self, checkpoint: CheckpointRecord | None) -> None:
         wanted = checkpoint.id if checkpoint else None
-        if self.engine.checkpoint != wanted:
-            self.engine.load(Path(checkpoint.path) if checkpoint else None)
-            self.engine.checkpoint = wanted
+        if self.sampler.checkpoint != wanted:
+            self.sampler.load(Path(checkpoint.path) if checkpoint else None)
+            self.sampler.checkpoint = wanted
 
     def _play(
         self,
@@ -343,13 +348,13 @@ class Round:
         tasks: Sequence[Task],
         *,
         sampling: Any,
-        engine: TransformersEngine | None = None,
+        engine: Engine | None = None,
         knowledge: Knowledge | None = None,
     ) -> list[Episode]:
         episodes = play_stored(
             self.store,
             tasks,
-            engine or self.engine,
+            engine or self.sampler,
             sampling=sampling,
             namespace=f"{self.record.id}/{name}/{knowledge.id if knowledge else ''}",
             stage=name,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,17 +12,22 @@ from rich.console import Console
 
 from engrain.cli.common import (
     DEFAULT_MODEL,
+    EngineName,
+    EngineOption,
     JsonOption,
     OptionsOption,
     SeedOption,
     StoreOption,
     open_engine,
+    open_sampler,
     open_store,
 )
 from engrain.cli.common import world_options as parse_options
 from engrain.cli.launched import TrackOption, joined
 from engrain.errors import RoundConflictError
 from envs.errors import UsageError
+
+_SAMPLER_SHARE = 0.45  # of a GPU's memory, while training and sampling share it
 
 
 def command(
@@ -51,6 +57,7 @@ def command(
         int | None, typer.Option(min=1, help="Tasks that choose knowledge and checkpoint.")
     ] = None,
     test_tasks: Annotated[int | None, typer.Option(min=1, help="Held-out tasks that judge the result.")] = None,
+    engine: EngineOption = EngineName.TRANSFORMERS,
     seed: SeedOption = 0,
     fresh: Annotated[bool, typer.Option("--fresh", help="Give up an unfinished round instead of going on.")] = False,
     store: StoreOption = None,
@@ -125,8 +132,13 @@ def command(
             raise RoundConflictError(
                 f"round {record.number} of {chosen.model} is being played by another process; wait for it, or stop it"
             ) from None
-        with lock, open_engine(chosen.model) as engine, ConsoleListener(console, quiet=as_json) as listener:
-            result = Round(memory, engine, chosen, record, folder, listener, track=track or ()).run()
+        with ExitStack() as stack:
+            stack.enter_context(lock)
+            trained, sampler = stack.enter_context(open_engine(chosen.model)), None
+            if engine is not EngineName.TRANSFORMERS:
+                sampler = stack.enter_context(open_sampler(chosen.model, engine, memory_share=_SAMPLER_SHARE))
+            listener = stack.enter_context(ConsoleListener(console, quiet=as_json))
+            result = Round(memory, trained, chosen, record, folder, listener, sampler=sampler, track=track or ()).run()
         dismiss()
         target = out or folder
         report = write(result, chosen, target)
