@@ -32,7 +32,7 @@ from distill.checkpoint import (
     save_checkpoint,
 )
 from distill.config import DistillConfig
-from distill.distributed import from_main, gather, is_main
+from distill.distributed import from_main, gather, is_main, world
 from distill.errors import CheckpointError, DistillConfigError
 from distill.monitor import Guard, StepMetrics
 from distill.objective import Overlap, chunked_cross_entropy, chunked_divergence, position_weights
@@ -221,7 +221,8 @@ class Trainer:
 
         Args:
             validate: scores the student as it stands after so many steps, higher being better; 0 is the untrained one.
-            on_step: told every step. Ctrl-C leaves the last checkpoint in place; the next run goes on from there.
+            on_step: told every step. KeyboardInterrupt or SystemExit from it leaves a checkpoint of that very step, and
+                from anywhere else the last one; the next run goes on from there.
             tracker: told every step and every validation.
         """
         guard, stopped = Guard(self.config.guard), None
@@ -236,7 +237,12 @@ class Trainer:
                 if tracker is not None and is_main():
                     tracker.validation(step, scores[step])
 
-        if self.start not in scores:  # nothing was trained yet, or it was killed between checkpoint and validation
+        def due(step: int) -> bool:
+            """Whether a checkpoint is written here, and validated."""
+            return bool(step % self.config.save_every == 0 or step == self.config.steps or stopped)
+
+        # nothing was trained yet, or it was killed between checkpoint and validation
+        if self.start not in scores and due(self.start):
             score(self.start)
         for number in range(self.start, self.config.steps):
             if stopped:
@@ -247,12 +253,17 @@ class Trainer:
             metrics = self.step(batch, time.perf_counter() - began)
             self.history.append(metrics)
             stopped = guard.check(metrics)
+            done = number + 1
             if on_step is not None and is_main():
-                on_step(metrics)
+                try:
+                    on_step(metrics)
+                except (KeyboardInterrupt, SystemExit):  # asked to stop where it costs nothing
+                    if world() == 1:  # others would wait for this one
+                        self._save(done)
+                    raise
             if tracker is not None and is_main():
                 tracker.step(metrics)
-            done = number + 1
-            if done % self.config.save_every == 0 or done == self.config.steps or stopped:
+            if due(done):
                 self._save(done)
                 score(done)
         return from_main(lambda: self._result(scores, stopped))

@@ -1,6 +1,6 @@
 """Errors of the application."""
 
-from envs.errors import UsageError
+from envs.errors import EngrainError, UsageError
 
 
 class EngineCannotTrainError(UsageError):
@@ -13,3 +13,15 @@ class RoundConflictError(UsageError):
 
 class NothingLearnedError(UsageError):
     """No usable experience came out of the episodes."""
+
+
+class LoopAtWorkError(UsageError):
+    """Another process improves this model in this store."""
+
+
+class LoopReplacedError(EngrainError):
+    """This process lost its lease: another one improves the model now."""
+
+
+class MetricsPortError(UsageError):
+    """The port for metrics cannot be opened."""

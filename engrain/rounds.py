@@ -10,6 +10,7 @@ from distill.monitor import StepMetrics
 from engrain.config import ImproveConfig
 from engrain.errors import RoundConflictError
 from engrain.gate import Gain, Verdict
+from engrain.redaction import redacted
 from envs import registry
 from envs.base import Split, Task
 from memory.records import CheckpointRecord, EvaluationRecord, Knowledge, RoundRecord, RoundStatus
@@ -62,7 +63,7 @@ def open_round(store: Store, config: ImproveConfig, *, fresh: bool = False) -> R
     Raises:
         RoundConflictError: an unfinished round has other settings, and `fresh` is not set.
     """
-    settings = config.model_dump(mode="json")
+    settings = redacted(config.model_dump(mode="json"))
     unfinished = store.unfinished_round(config.model)
     if unfinished is not None and fresh:
         store.update_round(unfinished.id, status=RoundStatus.STOPPED, verdict="given up for a new round")

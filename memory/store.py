@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from memory.ancestry import AncestryTable
+from memory.arrivals import ArrivalTable
 from memory.episodes import EpisodeTable
 from memory.forget import ForgetTable
 from memory.leases import LeaseTable
@@ -13,7 +14,9 @@ from memory.verify import VerifyTable
 __all__ = ["Kind", "Store"]
 
 
-class Store(AncestryTable, EpisodeTable, ForgetTable, LeaseTable, OverviewTable, TransferTable, VerifyTable):
+class Store(
+    AncestryTable, ArrivalTable, EpisodeTable, ForgetTable, LeaseTable, OverviewTable, TransferTable, VerifyTable
+):
     """Episodes, items, knowledge, checkpoints, evaluations and rounds, with what came from what.
 
     `with Store.open("runs.db") as store: ...`. Every write is one transaction; several processes may write at once.

@@ -1,0 +1,28 @@
+"""Episodes that came from outside the rounds: played by people or by other processes."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+import sqlalchemy as sa
+
+from envs.base import Split
+from memory.database import Database
+from memory.schema import EpisodeRow
+
+
+class ArrivalTable(Database):
+    """The part of the store that says what is new for a loop."""
+
+    def arrivals(self, env: str, since: datetime | None = None) -> int:
+        """How many training episodes of a world were stored after a time, and belong to no round or training run."""
+        query = sa.select(sa.func.count()).where(
+            EpisodeRow.env == env,
+            EpisodeRow.split == Split.TRAIN.value,
+            EpisodeRow.round_id.is_(None),
+            EpisodeRow.run_id.is_(None),
+        )
+        if since is not None:
+            query = query.where(EpisodeRow.added_at > since)
+        with self._read() as connection:
+            return connection.scalar(query) or 0
