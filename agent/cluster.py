@@ -163,23 +163,29 @@ class Cluster:
         make_engine: makes a player's engine, on its machine; must pickle, and so must what it holds.
         address: `local` starts a cluster in this machine that ends with this object; otherwise a running one:
             `auto`, `host:port` of its head, or `ray://host:port`.
-        players: how many; None is one for each GPU of the cluster, or one for each machine where there is none.
-        cpus: CPU cores that each player claims.
+        players: how many; None is one for each GPU of the cluster, or one for each machine where there is none. Each
+            has a GPU to itself, or an equal share of the cores, which are also the threads of its arithmetic.
 
     Raises:
-        UsageError: Ray is not installed, or there is no cluster at `address`.
+        UsageError: Ray is not installed, there is no cluster at `address`, or no core in it.
     """
 
     def __init__(
-        self, make_engine: Callable[[], Engine], *, address: str = "local", players: int | None = None, cpus: float = 1
+        self, make_engine: Callable[[], Engine], *, address: str = "local", players: int | None = None
     ) -> None:
         self._ray, self._own = _connect(address)
         self._make_engine = make_engine
-        held = self._ray.cluster_resources()
-        self._gpus = 1 if held.get("GPU", 0) >= 1 else 0
-        alive = sum(bool(node["Alive"]) for node in self._ray.nodes())
-        self._wanted = players or (int(held["GPU"]) if self._gpus else alive)
-        self._cpus = cpus
+        machines = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+        cores = [int(machine["CPU"]) for machine in machines if machine.get("CPU", 0) >= 1]
+        gpus = int(sum(machine.get("GPU", 0) for machine in machines))
+        if not cores:
+            raise UsageError(f"the Ray cluster at {address!r} has no machine with a CPU core to play on")
+        self._wanted = players or gpus or len(cores)
+        self._gpus = min(gpus, 1)
+        self._cpus = 1 if gpus else max(1, min(min(cores), sum(cores) // self._wanted))
+        #: Id of the checkpoint that players load next, None for the base model; `load` says which folder it is.
+        self.checkpoint: str | None = None
+        self._folder: Path | None = None
         self._seats: list[_Seat] = []
         self._starting: dict[Any, _Seat] = {}
         self._losses, self._last_loss = 0, 0.0
@@ -190,6 +196,14 @@ class Cluster:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def load(self, checkpoint: Path | None) -> None:
+        """Have all players sample from this checkpoint folder from the next `play` on; None is the base model.
+
+        The folder must be there under the same path on every machine. It is read when it is first played with.
+        """
+        self._folder = checkpoint
+        self.checkpoint = checkpoint.name if checkpoint else None
+
     def play(
         self,
         tasks: Sequence[Task],
@@ -198,8 +212,6 @@ class Cluster:
         namespace: str,
         knowledge: str | None = None,
         knowledge_id: str | None = None,
-        checkpoint: Path | None = None,
-        checkpoint_id: str | None = None,
         samples: int = 1,
         max_tokens_per_episode: int | None = None,
         turn_seconds: float = 120.0,
@@ -218,10 +230,6 @@ class Cluster:
         The samples may differ from those of another number of players in the rounding of the model's arithmetic.
         `batch` and `workers` are each player's. In `stats`, `engine_seconds` is the mean over the players.
 
-        Args:
-            checkpoint: the folder that players load first, by the same path on every machine; None is the base model.
-            checkpoint_id: its id, as `Episode.checkpoint`.
-
         Raises:
             UsageError: the engine cannot be made, or the checkpoint not be loaded.
             ClusterError: the players keep failing, or there is no room for any.
@@ -237,8 +245,8 @@ class Cluster:
             batch=batch,
             threads=workers,
             make_env=make_env,
-            checkpoint=checkpoint,
-            checkpoint_id=checkpoint_id,
+            checkpoint=self._folder,
+            checkpoint_id=self.checkpoint,
         )
         items = [
             _Item(order, identity, task, sample)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
-from agent.engines.base import Engine
+from agent.cluster import Cluster
+from agent.engines.base import Engine, StreamingEngine
 from agent.episode import Episode, SamplingParams, StopReason, episode_id
 from agent.rollout import RolloutStats, play
 from engrain.gate import wilson
@@ -18,7 +20,7 @@ Progress = Callable[[RolloutStats], None]
 def play_stored(
     store: Store,
     tasks: Sequence[Task],
-    engine: Engine,
+    engine: Engine | Cluster,
     *,
     sampling: SamplingParams,
     namespace: str,
@@ -33,9 +35,14 @@ def play_stored(
     known = {id_: store.episode(id_) for id_ in store.has_episodes(ids)}
     solved = sum(episode.success for episode in known.values())
     stats = RolloutStats(total=len(known), episodes=len(known), known=len(known), successes=solved)
-    played = play(
+    if isinstance(engine, Cluster):
+        play_all = engine.play
+    else:
+        # In lockstep the same command gives the same numbers. Engines that fill their batches as they go cannot promise
+        # that, and are kept full instead.
+        play_all = partial(play, engine=engine, lockstep=not isinstance(engine, StreamingEngine))
+    played = play_all(
         tasks,
-        engine,
         sampling=sampling,
         namespace=namespace,
         knowledge=knowledge.text if knowledge else None,
@@ -45,7 +52,6 @@ def play_stored(
         progress=progress,
         stats=stats,
         skip=known,
-        lockstep=True,  # the same command gives the same numbers
     )
     found = known | {episode.id: episode for episode in played}
     return [found[id_] for id_ in ids]

@@ -25,11 +25,13 @@ from engrain.cli.common import (
     find_knowledge,
     fingerprint,
     load_checkpoint,
+    open_players,
     open_sampler,
     open_store,
     world_options,
 )
 from envs.base import Split
+from envs.errors import UsageError
 from memory.records import CheckpointRecord, EvaluationRecord, Knowledge
 
 
@@ -49,6 +51,10 @@ def command(
     admissible: AdmissibleOption = False,
     engine: EngineOption = EngineName.TRANSFORMERS,
     base_url: BaseUrlOption = None,
+    ray: Annotated[
+        str | None,
+        typer.Option("--ray", metavar="ADDRESS|local", help="Play on this Ray cluster, or one started here."),
+    ] = None,
     seed: SeedOption = 0,
     store: StoreOption = None,
     as_json: JsonOption = False,
@@ -60,6 +66,8 @@ def command(
     from engrain.gate import paired_gain
     from envs import registry
 
+    if ray is not None and base_url:
+        raise UsageError("--ray plays with engines of its own: leave out --base-url")
     chosen = registry.world(env, world_options(option)).tasks(split, tasks, seed)
     sampling = SamplingParams(temperature=temperature, max_tokens=max_tokens, admissible_only=admissible)
     records: dict[str, EvaluationRecord] = {}
@@ -76,7 +84,7 @@ def command(
                 weights,
             )
         with (
-            open_sampler(model, engine, base_url) as sampler,
+            open_sampler(model, engine, base_url) if ray is None else open_players(model, ray, engine) as sampler,
             ConsoleListener(Console(stderr=True), quiet=as_json) as listener,
         ):
             for name, (with_text, with_weights) in arms.items():
