@@ -9,7 +9,15 @@ from envs.errors import UsageError
 from memory.curate import admit
 from memory.extract import Extractor
 from memory.prompts import MARKER
-from memory.records import CheckpointRecord, EvaluationRecord
+from memory.records import (
+    CheckpointRecord,
+    EvaluationRecord,
+    ItemEffect,
+    Knowledge,
+    KnowledgeItem,
+    RunRecord,
+    digest,
+)
 from memory.render import compose
 from memory.store import Store
 
@@ -139,3 +147,200 @@ def test_the_default_store_is_that_of_the_settings(engrain_home):
     pytest.importorskip("engrain.settings")
     with pytest.raises(UsageError, match="no store at"):
         run("rounds")
+
+
+@pytest.fixture
+def lived(filled, make_episode, tmp_path):
+    """The filled store with a second knowledge version, a training run, test evaluations and weights on disk."""
+    path, item, knowledge, round_ = filled
+    with Store.open(path) as store:
+        other = store.add_item("Wipe your feet.")
+        store.record_effect(
+            ItemEffect(
+                item_id=item.id,
+                method="leave-one-out",
+                env="sums",
+                split="validation",
+                effect=0.2,
+                low=0.1,
+                high=0.3,
+                n=9,
+            )
+        )
+        body = f"{knowledge.text}\n- {other.text}"
+        places = (*knowledge.items, KnowledgeItem(id=other.id, text=other.text))
+        second = store.add_knowledge(
+            Knowledge(id=digest(body), items=places, text=body, tokens=50), parent=knowledge.id
+        )
+        run = RunRecord(
+            id="run1",
+            round_id=round_.id,
+            method="opcd",
+            model="tiny",
+            knowledge=knowledge.id,
+            folder="/",
+            seed=0,
+            config={},
+        )
+        store.add_run(run)
+        store.add_episodes([make_episode("train1", seed=5)], round_id=round_.id, stage="train", run_id="run1")
+        store.add_checkpoint(
+            CheckpointRecord(id="taught", model="tiny", path=str(tmp_path / "gone"), knowledge=knowledge.id,
+                             parent="ckpt", run_id="run1", manifest={"step": 3})
+        )  # fmt: skip
+        store.promote("taught")
+        for name, accuracy in (("bare", 0.25), ("in_context", 0.75), ("distilled", 0.5)):
+            fields = {"successes": round(4 * accuracy), "accuracy": accuracy, "low": accuracy - 0.2, "mean_score": 0.5}
+            store.add_evaluation(
+                EvaluationRecord(name=f"test/{name}", round_id=round_.id, checkpoint="taught", env="sums", split="test",
+                                 n=4, high=accuracy + 0.2, **fields)
+            )  # fmt: skip
+    return path, item, other, knowledge, second
+
+
+def test_the_overview_is_one_screen(lived):
+    path, *_ = lived
+    shown = output(path=path)
+    assert len(shown.splitlines()) <= 40
+    for words in (
+        "sums",
+        "33%",
+        "Knock [first].",
+        "+0.20 (+0.10 to +0.30)",
+        "distilled 0.50",
+        "tiny with checkpoint taught",
+    ):
+        assert words in shown, words
+    found = data(path=path)
+    assert found["episodes"][0]["episodes"] == 3
+    assert found["checkpoints"] == {"tiny": "taught"}
+    assert found["rounds"][0]["in_context"]["accuracy"] == 0.75
+    assert "Knock" in run("--store", path, "items").output
+
+
+def test_items_are_searched_sorted_edited_retired_and_restored(lived):
+    path, item, other, *_ = lived
+    assert [i["text"] for i in data("items", "search", "FEET", path=path)] == ["Wipe your feet."]
+    assert [i["id"] for i in data("items", "--by", "effect", path=path)] == [item.id, other.id]
+    assert data("items", "show", "feet", path=path)["knowledge"][0]["version"] == 2
+    assert "leave-one-out" in output("items", "show", item.id, path=path)
+    retired = data("items", "retire", item.id[:8], "--who", "ada", "--why", "wrong", path=path)
+    assert retired["status"] == "retired"
+    assert data("items", "restore", item.id[:8], "--who", "ada", path=path)["status"] == "active"
+    events = data("items", "show", item.id, path=path)["events"]
+    assert [(e["who"], e["action"]) for e in events[-2:]] == [("ada", "retired"), ("ada", "active")]
+    edited = data("items", "edit", other.id, "--text", "Wipe  both feet.", path=path)
+    assert (edited["text"], edited["derived_from"]) == ("Wipe both feet.", other.id)
+    with pytest.raises(UsageError, match="unchanged"):
+        run("items", "edit", edited["id"], "--text", "Wipe both feet.", path=path)
+
+
+def test_versions_of_the_knowledge_are_compared_printed_and_restored(lived):
+    path, _, other, _, second = lived
+    found = data("knowledge", "diff", "1", "2", path=path)
+    assert ([i["id"] for i in found["gained"]], found["lost"]) == ([other.id], [])
+    assert "+- Wipe your feet." in output("knowledge", "diff", "1", "2", path=path)
+    assert output("knowledge", "show", "2", "--as-prompt", path=path) == second.text + "\n"
+    assert data("knowledge", "restore", "1", "--yes", path=path)["changed"] == [other.id]
+    assert run("knowledge", "restore", "2", path=path).exit_code == 1  # asked, and no answer came
+
+
+def test_lineage_and_blame_reach_the_episodes(lived):
+    path, item, other, *_ = lived
+    shown = output("lineage", "tau", path=path)
+    for words in (
+        "run run1",
+        "step 3, 1 episodes played",
+        "knowledge version 1",
+        "Knock [first].",
+        "episode abc1",
+        "ckpt",
+    ):
+        assert words in shown, words
+    found = data("lineage", "taught", path=path)
+    assert found["items"][0]["sources"][0]["episode_id"] == "abc1"
+    assert found["parent"]["checkpoint"]["id"] == "ckpt"
+    shown = output("blame", "taught", "knock", path=path)
+    assert "line 1 of knowledge version 1" in shown
+    assert "episode abc1" in shown
+    assert data("blame", "taught", item.id, path=path)["through"][0]["run"]["id"] == "run1"
+    with pytest.raises(UsageError, match="not trained on"):
+        run("blame", "taught", other.id, path=path)
+
+
+def test_the_learning_curve_is_shown_and_drawn(lived, tmp_path):
+    path = lived[0]
+    picture = tmp_path / "new" / "curve.png"
+    shown = output("rounds", "--png", str(picture), path=path)
+    assert "in_context" in shown
+    assert "█" in shown
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert data("rounds", path=path)[0]["test"]["distilled"]["accuracy"] == 0.5
+    assert data("rounds", "show", "1", path=path)["runs"][0]["id"] == "run1"
+    with pytest.raises(UsageError, match="cannot be written"):
+        run("rounds", "--png", str(tmp_path / "curve.nonsense"), path=path)
+
+
+def test_stats_count_everything(lived):
+    found = data("stats", path=lived[0])
+    assert (found["counts"]["episode"], found["counts"]["turn"], found["counts"]["run"]) == (3, 4, 1)
+    assert "bytes a turn" in output("stats", path=lived[0])
+
+
+@pytest.mark.parametrize("name", ["copy.jsonl", "folder"])
+def test_export_and_import(lived, tmp_path, name):
+    path, out, copy = lived[0], tmp_path / name, str(tmp_path / "copy.db")
+    rows = json.loads(run("export", str(out), "--json", path=path).output)["rows"]
+    with pytest.raises(UsageError, match="--force"):
+        run("export", str(out), path=path)
+    assert json.loads(run("import", str(out), "--json", path=copy).output)["new"] == rows
+    assert data("lineage", "taught", path=copy) == data("lineage", "taught", path=path)
+    with pytest.raises(UsageError, match="cannot be read"):
+        run("import", str(tmp_path / "nothing"), path=copy)
+
+
+def test_forgetting_asks_and_names_the_checkpoints(lived):
+    path, item, *_ = lived
+    asked = run("forget", "abc1", path=path)
+    assert asked.exit_code == 1
+    assert "checkpoint taught (promoted) was trained on it" in asked.output
+    assert data("forget", "abc1", "--dry-run", path=path)["deleted"] is False
+    assert len(data("episodes", path=path)) == 3
+    found = data("forget", "abc1", "--yes", path=path)
+    assert (found["episodes"], found["items"], found["checkpoints"]) == (["abc1"], [item.id], ["taught"])
+    assert len(data("episodes", path=path)) == 2
+    with pytest.raises(UsageError, match="no episode 'abc1'"):
+        run("forget", "abc1", "--yes", path=path)
+
+
+def test_verify_finds_what_is_wrong_with_the_store_and_the_weights(lived):
+    path = lived[0]
+    result = run("verify", "--json", path=path)
+    found = json.loads(result.output)
+    assert result.exit_code == 1
+    assert [(f["id"], f["level"]) for f in found["findings"]] == [("ckpt", "note"), ("taught", "error")]
+    with Store.open(path) as store:
+        store.set_checkpoint_status("taught", "rejected", "ada", "gone")
+    assert run("verify", path=path).exit_code == 0
+
+
+def test_the_nearest_id_is_named_and_ids_complete(lived, monkeypatch):
+    path = lived[0]
+    with pytest.raises(UsageError, match="the nearest is abc1"):
+        run("episodes", "show", "abd1", path=path)
+    with pytest.raises(UsageError, match="the nearest is taught"):
+        run("lineage", "tought", path=path)
+    monkeypatch.setenv("ENGRAIN_STORE", path)
+    words = {"COMP_WORDS": "root lineage ta", "COMP_CWORD": "2", "_ROOT_COMPLETE": "complete_bash"}
+    assert "taught" in CliRunner().invoke(app, [], env=words, prog_name="root").output
+    monkeypatch.setenv("ENGRAIN_STORE", path + ".nothing")
+    assert CliRunner().invoke(app, [], env=words, prog_name="root").output.strip() == ""
+
+
+def test_a_long_list_goes_on_where_it_ended(lived):
+    path = lived[0]
+    first = data("episodes", "-n", "2", path=path)
+    (last,) = data("episodes", "-n", "2", "--before", first[-1]["id"], path=path)
+    assert last["id"] not in {row["id"] for row in first}
+    assert f"--before {first[-1]['id']}" in output("episodes", "-n", "2", path=path)
+    assert "--offset 1" in output("items", "-n", "1", path=path)
