@@ -116,7 +116,7 @@ class ServerPool:
         reasons = await self._prepare_all()
         if len(reasons) == len(self.servers):
             url, reason = next(iter(reasons.items()))
-            raise ServerFailedError(f"no server answers at {url}: {reason}; start one with `vllm serve`, or correct it")
+            raise ServerFailedError(f"no server answers at {url}: {reason}; start one there, or correct the URL")
         for url, reason in reasons.items():
             logger.warning("no server answers at %s: %s; it is tried again later", url, reason)
 
@@ -151,6 +151,8 @@ class ServerPool:
             except (AwayError, BadAnswerError) as error:
                 now = loop.time()
                 if server.failures == failures:  # else somebody who started with us has counted this failure
+                    if not failures:
+                        logger.warning("%s fails (%s); it is tried again", server.url, error)
                     self._rest(server, error, now)
                 bad += isinstance(error, BadAnswerError)
                 first_failure = now if first_failure is None else first_failure
@@ -219,8 +221,6 @@ class ServerPool:
 
     def _rest(self, server: Server, error: Exception, now: float) -> None:
         """Leave a server that failed alone for a while."""
-        if not server.failures:
-            logger.warning("%s fails (%s); it is tried again", server.url, error)
         wait = min(_LONGEST_WAIT, _FIRST_WAIT * 2**server.failures) * self._random.uniform(0.5, 1.0)
         server.failures += 1
         server.resting_until = now + wait

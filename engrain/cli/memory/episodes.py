@@ -119,6 +119,7 @@ def _replay(console: Console, episode: Episode) -> None:
         if turn.feedback or turn.reward:
             console.print(f"[dim]reward {turn.reward:g}[/dim] {clean(turn.feedback)}", highlight=False)
     console.rule("[bold]end[/bold]", align="left")
+    known = "" if episode.exact else "; some replies came as text, without their ids, and are not trained on"
     fields(
         console,
         [
@@ -131,7 +132,7 @@ def _replay(console: Console, episode: Episode) -> None:
             ("model", episode.model),
             ("checkpoint", episode.checkpoint),
             ("knowledge", episode.knowledge),
-            ("tokens", f"{len(episode.token_ids)}, {episode.sampled} sampled"),
+            ("tokens", f"{len(episode.token_ids)}, {episode.sampled} sampled{known}"),
             ("time", f"{time(episode.started_at)}, {episode.seconds:.1f} s"),
         ],
     )
