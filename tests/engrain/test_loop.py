@@ -7,7 +7,7 @@ real models learn is the demo's to show.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -24,7 +24,7 @@ from engrain.rounds import open_round
 from envs import registry
 from envs.base import Env, Observation, Split, Step, Task, World
 from memory.extract import Extractor
-from memory.records import CheckpointStatus
+from memory.records import CheckpointStatus, ItemStatus
 from memory.render import render_knowledge
 from memory.store import Store
 
@@ -147,14 +147,14 @@ def run(tiny_model, tiny_tokenizer, config, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Extractor, "extract", wrote)
 
-    def go(name: str, listener: Recorder, **changed: Any):
+    def go(name: str, listener: Recorder, sampler: Any = None, **changed: Any):
         settings = config.model_copy(update=changed)
         with (
             Store.open(str(tmp_path / f"{name}.db")) as store,
             TransformersEngineClosing(model(), tiny_tokenizer) as engine,
         ):
             record = open_round(store, settings)
-            return Round(store, engine, settings, record, tmp_path / name, listener).run(), settings
+            return Round(store, engine, settings, record, tmp_path / name, listener, sampler=sampler).run(), settings
 
     return go
 
@@ -232,6 +232,38 @@ def unbroken():
     return get
 
 
+def test_another_engine_plays_and_sleeps_during_training(run, tmp_path, unbroken, tiny_model, tiny_tokenizer) -> None:
+    class Sampler(TransformersEngine):
+        can_sleep = True
+        did: ClassVar[list[str]] = []
+
+        def sleep(self) -> None:
+            self.did.append("sleep")
+
+        def wake(self) -> None:
+            self.did.append("wake")
+
+        def load(self, checkpoint: Any) -> None:
+            self.did.append("load")
+            super().load(checkpoint)
+
+        def generate(self, prompts: Any, sampling: Any) -> Any:
+            assert self.did.count("sleep") == self.did.count("wake"), "asked while it sleeps"
+            self.did.append("generate")
+            return super().generate(prompts, sampling)
+
+    sampler = Sampler(tiny_model(initializer_range=0.2), tiny_tokenizer, name="tiny")
+    run("sampled", Recorder(), sampler)
+    sampler.close()
+    asleep = Sampler.did.index("sleep")
+    assert Sampler.did[asleep + 1] == "wake"  # training asks its own engine
+    before, after = Sampler.did[:asleep], Sampler.did[asleep + 2 :]
+    assert "generate" in before
+    assert "generate" in after
+    assert "load" in after  # the new checkpoint
+    assert books(tmp_path / "sampled.db") == unbroken(run, tmp_path)
+
+
 CUTS = [("stage", n) for n in range(1, 7)] + [
     ("note", 2),
     ("note", 4),
@@ -271,6 +303,43 @@ def test_a_second_round_starts_from_the_promoted_checkpoint(run, tmp_path) -> No
             assert {row.checkpoint for row in store.episode_rows(round_id=second.round.id, stage="play")} == {
                 first.checkpoint.id
             }
+
+
+def test_a_promoted_rounds_items_are_absorbed_where_the_gap_has_closed(run, tmp_path) -> None:
+    result, _ = run("absorbed", Recorder())
+    with Store.open(str(tmp_path / "absorbed.db")) as store:
+        (item,) = store.items()
+        (effect,) = store.effects()
+        assert (effect.item_id, effect.method, effect.effect, effect.n) == (item.id, "leave-one-out", 1.0, 6)
+        names = {evaluation.name for evaluation in store.evaluations()}
+        if not result.verdict.promoted:
+            assert item.status is ItemStatus.ACTIVE
+            assert "validation/distilled" not in names
+            return
+        rates = {e.name: e.accuracy for e in store.evaluations()}
+        left = rates["validation/distilled_in_context"] - rates["validation/distilled"]
+        assert (item.status is ItemStatus.ABSORBED) == (left <= 0.25)
+        if item.status is ItemStatus.ABSORBED:
+            assert result.checkpoint.id in store.events(subject=item.id)[-1].why
+
+
+def test_a_coach_reads_and_effects_are_measured_by_randomised_inclusion(
+    run, config, tmp_path, tiny_folder, monkeypatch
+) -> None:
+    def wrote(self: Extractor, episodes: Any, seed: int) -> Any:
+        texts = (ITEM, "Drink water.", "Wear a hat.")
+        lines = "\n".join(f"- EXPERIENCE ITEM: {text}" for text in texts)
+        return [self._extraction([e], seed, lines, _Parsed(texts, ())) for e in episodes]
+
+    monkeypatch.setattr(Extractor, "extract", wrote)
+    extract = config.extract.model_copy(update={"coach": str(tiny_folder), "effects": "randomised"})
+    result, _ = run("coached", Recorder(), extract=extract)
+    assert result.knowledge is not None
+    with Store.open(str(tmp_path / "coached.db")) as store:
+        assert {e.model for e in store.extractions()} == {str(tiny_folder)}
+        assert {(e.method, e.n) for e in store.effects()} == {("randomised", 6)}
+        assert len(store.effects()) == len(store.items()) == 3
+        assert store.episode_rows(stage="validation/randomised")
 
 
 def test_an_unfinished_round_of_other_settings_is_not_mixed_up(run, config, tmp_path) -> None:
