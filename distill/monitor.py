@@ -55,24 +55,26 @@ class StepMetrics(BaseModel):
     peak_memory_bytes: int
 
 
-#: Divergences that weigh each token by the student's own probability, wholly or in part.
-_MODE_SEEKING = ("reverse_kl", "jsd", "topk")
+#: Divergences whose gradient at a token vanishes with the student's own probability of it, however much the teacher
+#: gives. (skew_kl's does too, once that probability is small beside alpha times the teacher's.)
+_BLIND = ("reverse_kl", "jsd", "skew_kl", "topk")
 
 
 def opening_advice(metrics: StepMetrics, floor: float = 0.05) -> str | None:
     """What to know before training goes on, read off a first step (its metrics are those of the untrained student).
 
-    Reverse KL finds nothing to pull on where the student gives the teacher's opening no mass. None: all is well.
+    Every divergence but forward KL finds little to pull on where the student gives the teacher's opening no mass.
+    None: all is well.
 
     Args:
         metrics: of the first step, or of `Trainer.measure`.
         floor: least mass of the student on the teacher's first token that needs no remark.
     """
-    if metrics.objective not in _MODE_SEEKING or metrics.student_mass >= floor:
+    if metrics.objective not in _BLIND or metrics.student_mass >= floor:
         return None
     return (
-        f"the student gives the teacher's first token {metrics.student_mass:.1%} of its mass, and {metrics.objective} "
-        "weighs tokens by the student's mass: it may never get there; forward_kl and skew_kl do"
+        f"the student gives the teacher's first token {metrics.student_mass:.1%} of its mass, and the pull of "
+        f"{metrics.objective} vanishes with that mass: it may never get there; forward_kl's does not vanish"
     )
 
 
