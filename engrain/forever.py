@@ -11,16 +11,29 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import NoReturn, Protocol
 
 from engrain.config import ImproveConfig
+from engrain.errors import LoopReplacedError
 from engrain.redaction import redacted
-from envs.errors import UsageError
+from envs.errors import EngrainError, UsageError
 from memory.records import RoundRecord, RoundStatus, now
 from memory.store import Store
 
 POLL = 5.0  # seconds between two looks at the store
+PATIENCE, MOST_PATIENCE = 60, 3600  # seconds after a failure; doubled after every further one
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _SIZES = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+class Told(Protocol):
+    """Is told what a loop without end does between its rounds."""
+
+    def waiting(self, arrived: int, left: float) -> None:
+        """So many new episodes came, and so many seconds are left at least."""
+
+    def failed(self, error: EngrainError, pause: float) -> None:
+        """A round was broken off; after so many seconds it goes on."""
 
 
 def seconds(text: str) -> float:
@@ -129,3 +142,48 @@ class Schedule:
             for _ in range(int(min(POLL, left) if left else POLL) or 1):
                 check()
                 sleep(min(1.0, left) if left else 1.0)
+
+
+def run_forever(
+    store: Store,
+    config: ImproveConfig,
+    schedule: Schedule,
+    play: Callable[[ImproveConfig, bool], object],
+    clean: Callable[[], None],
+    *,
+    told: Told,
+    check: Callable[[], None],
+    fresh: bool = False,
+    sleep: Callable[[float], None] = time.sleep,
+) -> NoReturn:
+    """Rounds without end; a fault of the world breaks one off, and it is gone on with after a while.
+
+    Args:
+        store: what has happened so far.
+        config: the first round's settings.
+        schedule: when a round is due.
+        play: plays the round of these settings; the flag gives up an unfinished one of others.
+        clean: called before the first round and after every one.
+        told: is told of waits and failures.
+        check: called every second of a wait; ends the loop by raising.
+        fresh: give up an unfinished round of other settings at the start.
+        sleep: waits.
+    """
+    failures = 0
+    clean()
+    while True:
+        try:
+            wanted = schedule.wait(store, config, check=check, tell=told.waiting, sleep=sleep)
+            play(wanted, fresh)
+            clean()
+        except (UsageError, LoopReplacedError):
+            raise
+        except EngrainError as error:
+            failures += 1
+            pause = min(PATIENCE * 2 ** (failures - 1), MOST_PATIENCE)
+            told.failed(error, pause)
+            for _ in range(int(pause)):
+                check()
+                sleep(1.0)
+        else:
+            failures, fresh = 0, False

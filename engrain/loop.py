@@ -23,6 +23,7 @@ from engrain.config import ImproveConfig
 from engrain.consolidate import consolidate
 from engrain.evaluate import failures, measure, outcomes, play_stored
 from engrain.gate import Gain, judge, paired_gain
+from engrain.redaction import redact
 from engrain.rounds import OodResult, RoundResult, RoundTasks
 from engrain.weigh import Change, apply_changes, weigh
 from envs.base import Task
@@ -40,6 +41,8 @@ from memory.records import (
     Knowledge,
     RoundRecord,
     RoundStatus,
+    RunRecord,
+    digest,
 )
 from memory.store import Store
 
@@ -129,7 +132,7 @@ class Round:
             return
         chosen = alternate(episodes, self.config.extract.episodes, self.config.seed)
         settings = self.config.extract
-        reader = settings.coach or "the model"
+        reader = redact(settings.coach) if settings.coach else "the model"
         self._begin("extract", f"{reader} reads {len(chosen)} of its episodes ({settings.mode})")
         if settings.coach is None:
             self._load(self.parent)
@@ -218,6 +221,19 @@ class Round:
             self.listener.note(f"validation after {step} steps: {accuracy:.2f}")
             return accuracy
 
+        run = self.store.add_run(
+            RunRecord(
+                id=self._run_id,
+                round_id=self.record.id,
+                method=config.method,
+                model=self.config.model,
+                parent=self.parent.id if self.parent else None,
+                knowledge=knowledge.id,
+                folder=str(self.folder),
+                seed=config.seed,
+                config=config.model_dump(mode="json"),
+            )
+        )
         with asleep(self.sampler):
             fit = consolidate(
                 self.engine,
@@ -246,10 +262,12 @@ class Round:
                 parent=manifest.parent,
                 knowledge=manifest.knowledge,
                 round_id=self.record.id,
+                run_id=run.id,
                 manifest=manifest.model_dump(mode="json"),
             )
         )
         history = [metrics.model_dump() for metrics in fit.history]
+        self.store.finish_run(run.id, RoundStatus.FINISHED, reason=fit.stopped or "", metrics=history)
         self._done(
             "consolidate",
             {
@@ -386,8 +404,13 @@ class Round:
             )
         )
 
+    @property
+    def _run_id(self) -> str:
+        """The id of the round's one training."""
+        return digest("run", self.record.id)
+
     def _keep_training_episode(self, episode: Episode) -> None:
-        self.store.add_episodes([episode], round_id=self.record.id, stage="train")
+        self.store.add_episodes([episode], round_id=self.record.id, stage="train", run_id=self._run_id)
 
     def _begin(self, stage: str, text: str) -> None:
         self.record = self.store.update_round(self.record.id, stage=stage)

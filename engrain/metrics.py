@@ -42,6 +42,7 @@ class MetricsListener:
             "engrain_accuracy", "On the last judged round's test tasks.", ["measured"], registry=registry
         )
         self._waiting = Gauge("engrain_arrived_episodes", "New episodes that wait for a round.", registry=registry)
+        self._failures = Counter("engrain_failures", "Rounds broken off, to be tried again.", registry=registry)
         self._disk = Gauge("engrain_checkpoint_bytes", "Disk that checkpoints take.", registry=registry)
         seen = Gauge("engrain_last_event_timestamp_seconds", "When the loop last did something.", registry=registry)
         seen.set_function(lambda: self._last)
@@ -94,6 +95,11 @@ class MetricsListener:
         self._waiting.set(episodes)
         self._at("waiting")
 
+    def failed(self) -> None:
+        """A round was broken off by something outside."""
+        self._failures.inc()
+        self._at("waiting")
+
     def disk(self, size: int) -> None:
         """Checkpoints take so many bytes."""
         self._disk.set(size)
@@ -134,7 +140,7 @@ def serve_metrics(
     Raises:
         MetricsPortError: the port is taken, or the address is not this machine's.
     """
-    metrics = make_wsgi_app(listener.registry)
+    metrics: Callable[..., Iterable[bytes]] = make_wsgi_app(listener.registry)
 
     def app(environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
         path = environ.get("PATH_INFO", "")

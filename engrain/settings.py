@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from urllib.parse import quote
 
 from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from envs.errors import UsageError
 from envs.home import engrain_home
 
 
@@ -20,6 +22,9 @@ class Settings(BaseSettings):
 
     store: str = ""
     """Database of episodes, items, rounds: a SQLite file or a postgresql:// URL; by default `<home>/engrain.db`."""
+
+    store_password_file: Path | None = None
+    """File that holds the password of a postgresql:// store whose URL has none, such as a container's secret."""
 
     debug: bool = False
     """Show tracebacks instead of one-line errors."""
@@ -55,6 +60,26 @@ def default_store_url() -> str:
     """The store to open when the command line names none: ENGRAIN_STORE, or a SQLite file in `home()`."""
     settings = Settings()
     return settings.store or str(settings.home / "engrain.db")  # no URL: in one `?` and `%` would mean something
+
+
+def with_password(url: str) -> str:
+    """The store's URL, with the password from ENGRAIN_STORE_PASSWORD_FILE where it is PostgreSQL's and has none.
+
+    Raises:
+        UsageError: the file cannot be read.
+    """
+    file = Settings().store_password_file
+    scheme, sign, rest = url.partition("://")
+    if file is None or not sign or not scheme.startswith("postgres"):
+        return url
+    who, at, where = rest.rpartition("@")
+    if not at or ":" in who:
+        return url
+    try:
+        password = file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"ENGRAIN_STORE_PASSWORD_FILE: {file} cannot be read: {error}") from error
+    return f"{scheme}://{who}:{quote(password, safe='')}@{where}"
 
 
 def runs_dir() -> Path:

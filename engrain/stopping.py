@@ -96,7 +96,7 @@ def _watch(stop: Stop, wakeups: socket.socket, grace: float, deadline: float, en
         over = threading.Event()
         over.wait(grace)
         if not stop.leaving:
-            _thread.interrupt_main(noted[0])
+            _thread.interrupt_main(signal.Signals(noted[0]))
         over.wait(deadline - grace)
         print("stopped: what was under way is given up; run the same command again to go on", file=sys.stderr)
         sys.stderr.flush()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import UTC, datetime
+from typing import Any
 
 import sqlalchemy as sa
 
@@ -92,7 +93,7 @@ class LeaseTable(Database):
     def _time(self, connection: sa.Connection) -> float:
         """Seconds since 1970 by the database's clock, at this moment and not at the transaction's start."""
         if self._engine.dialect.name == "postgresql":
-            clock = sa.func.extract("epoch", sa.func.clock_timestamp())
+            clock: Any = sa.extract("epoch", sa.func.clock_timestamp())
         else:
             clock = (sa.func.julianday("now") - 2440587.5) * 86400.0
         return float(connection.scalar(sa.select(clock)) or 0.0)

@@ -81,9 +81,9 @@ def printable(value: object) -> str:
 
 def open_store(url: str | None, *, create: bool = True) -> Store:
     """The store named on the command line, or the default one."""
-    from engrain.settings import default_store_url
+    from engrain.settings import default_store_url, with_password
 
-    return Store.open(url or default_store_url(), create=create)
+    return Store.open(with_password(url or default_store_url()), create=create)
 
 
 @contextmanager

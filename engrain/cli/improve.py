@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
+from engrain.cli.checkpoints import BudgetOption, KeepOption
 from engrain.cli.common import (
     DEFAULT_MODEL,
+    BaseUrlOption,
     EngineName,
     EngineOption,
     JsonOption,
@@ -24,8 +27,12 @@ from engrain.cli.common import (
 )
 from engrain.cli.common import world_options as parse_options
 from engrain.cli.launched import TrackOption, joined
-from engrain.errors import RoundConflictError
+from engrain.cli.reporting import HostOption, LogOption, PortOption, news
 from envs.errors import UsageError
+
+if TYPE_CHECKING:
+    from engrain.config import ImproveConfig
+    from engrain.rounds import RoundResult
 
 _SAMPLER_SHARE = 0.45  # of a GPU's memory, while training and sampling share it
 
@@ -58,31 +65,47 @@ def command(
     ] = None,
     test_tasks: Annotated[int | None, typer.Option(min=1, help="Held-out tasks that judge the result.")] = None,
     engine: EngineOption = EngineName.TRANSFORMERS,
+    base_url: BaseUrlOption = None,
     seed: SeedOption = 0,
+    forever: Annotated[bool, typer.Option("--forever", help="Round after round, each on new tasks.")] = False,
+    every: Annotated[
+        str | None, typer.Option(metavar="TIME", help="With --forever: a round begins this often at most, as in 6h.")
+    ] = None,
+    min_episodes: Annotated[
+        int | None,
+        typer.Option(min=1, help="With --forever: wait for so many new episodes of the world from elsewhere."),
+    ] = None,
+    keep: KeepOption = 3,
+    disk_budget: BudgetOption = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Give up an unfinished round instead of going on.")] = False,
     store: StoreOption = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for report.json and curve.png; the round's own if not given.")
     ] = None,
     track: TrackOption = None,
+    log_json: LogOption = False,
+    metrics_port: PortOption = None,
+    metrics_host: HostOption = "127.0.0.1",
     as_json: JsonOption = False,
 ) -> None:
     """Play, extract experience, distil it into the weights, and keep the result only if it is better.
 
-    A round that was interrupted goes on where it stopped when the same command is run again.
+    A round that was interrupted goes on where it stopped when the same command is run again. With --forever checkpoints
+    that nothing needs are removed after each round, as `engrain checkpoints prune` does it.
     """
-    from filelock import FileLock, Timeout
-
     from engrain.cli.model import resolve_with_bar
     from engrain.coach import parts
     from engrain.config import ImproveConfig
-    from engrain.console import ConsoleListener
     from engrain.consolidate import dismiss
     from engrain.demo import demo_config
+    from engrain.forever import Schedule, Series, run_forever, seconds, size
+    from engrain.lease import LoopLease
     from engrain.loop import Round
-    from engrain.report import summary, table, write
+    from engrain.report import write
+    from engrain.retention import plan, prune
     from engrain.rounds import RoundTasks, open_round
     from engrain.settings import runs_dir
+    from engrain.stopping import stopping
 
     if sum((env is not None, demo, config is not None)) != 1:
         raise UsageError(
@@ -92,6 +115,10 @@ def command(
         raise UsageError("--config holds model, seed and world options: change them there, or leave out --config")
     if demo and option:
         raise UsageError("--demo has a world of its own: leave out -o, or name a world instead of --demo")
+    if not forever and (every or min_episodes or disk_budget):
+        raise UsageError("--every, --min-episodes and --disk-budget belong to --forever: add it, or leave them out")
+    if forever and out is not None:
+        raise UsageError("--out is one round's folder: leave it out with --forever, every round has its own")
     if config is not None:
         settings = _read(config)
     elif demo:
@@ -120,37 +147,87 @@ def command(
     if chosen.extract.coach:
         resolve_with_bar(parts(chosen.extract.coach)[0])
 
-    console = Console(stderr=True)
-    with open_store(store) as memory:
-        record = open_round(memory, chosen, fresh=fresh)
-        folder = runs_dir() / f"round-{record.id}"
-        runs_dir().mkdir(parents=True, exist_ok=True)
-        lock = FileLock(f"{folder}.lock", timeout=0)
-        try:
-            lock.acquire()
-        except Timeout:
-            raise RoundConflictError(
-                f"round {record.number} of {chosen.model} is being played by another process; wait for it, or stop it"
-            ) from None
-        with ExitStack() as stack:
-            stack.enter_context(lock)
-            trained, sampler = stack.enter_context(open_engine(chosen.model)), None
-            if engine is not EngineName.TRANSFORMERS:
-                sampler = stack.enter_context(open_sampler(chosen.model, engine, memory_share=_SAMPLER_SHARE))
-            listener = stack.enter_context(ConsoleListener(console, quiet=as_json))
-            result = Round(memory, trained, chosen, record, folder, listener, sampler=sampler, track=track or ()).run()
-        dismiss()
-        target = out or folder
-        report = write(result, chosen, target)
-        if as_json:
-            typer.echo(json.dumps(summary(result, chosen), indent=2, ensure_ascii=False))
+    rounds = Schedule(every=seconds(every) if every else 0.0, min_episodes=min_episodes or 0)
+    budget = size(disk_budget) if disk_budget else None
+    checks: list[Callable[[], None]] = []
+
+    def check() -> None:
+        for one in checks:
+            one()
+
+    with ExitStack() as stack:
+        memory = stack.enter_context(open_store(store))
+        lease = stack.enter_context(LoopLease(memory, chosen.model))
+        checks.append(lease.check)
+        told = stack.enter_context(
+            news(
+                chosen.model,
+                quiet=as_json,
+                log_json=log_json,
+                metrics_host=metrics_host,
+                metrics_port=metrics_port,
+                check=lease.check,
+            )
+        )
+        if memory.unfinished_round(chosen.model):  # one of other settings is said before a model is loaded
+            open_round(memory, Series.of(memory, chosen).next if forever else chosen, fresh=fresh)
+            fresh = False
+        trained, sampler = stack.enter_context(open_engine(chosen.model)), None
+        if base_url or engine is not EngineName.TRANSFORMERS:
+            sampler = stack.enter_context(open_sampler(chosen.model, engine, base_url, memory_share=_SAMPLER_SHARE))
+        stop = stack.enter_context(stopping())
+        checks.append(stop.check)
+
+        def play(wanted: ImproveConfig, fresh: bool = False) -> RoundResult:
+            """One round, from wherever it stands."""
+            record = open_round(memory, wanted, fresh=fresh)
+            told.begin(record)
+            folder = runs_dir() / f"round-{record.id}"
+            listener = told.listener(check)
+            result = Round(memory, trained, wanted, record, folder, listener, sampler=sampler, track=track or ()).run()
+            told.end(result)
+            target = out or folder
+            report = write(result, wanted, target)
+            places = {"report": report, "curve": target / "curve.png", "weights": folder}
+            _show(result, wanted, places, memory.url, as_json=as_json, line=forever, quiet=log_json)
+            return result
+
+        if not forever:
+            play(chosen, fresh)
+            dismiss()
             return
-        _print(Console(highlight=False), result, table(result), summary(result, chosen), chosen)
-        places = {"report": report, "curve": target / "curve.png", "weights": folder}
-        for name, place in places.items():
-            if place.exists():
-                console.print(f"[dim]{name:<8}{place}[/]", soft_wrap=True)
-        console.print(f"[dim]store   {memory.url}[/]", soft_wrap=True)
+
+        def clean() -> None:
+            retention = plan(memory, keep=keep, budget=budget)
+            prune(memory, retention)
+            told.disk(retention.kept_bytes, retention.freed_bytes, retention.over_budget)
+
+        run_forever(memory, chosen, rounds, play, clean, check=check, told=told, fresh=fresh)
+
+
+def _show(
+    result: RoundResult,
+    config: ImproveConfig,
+    places: dict[str, Path],
+    store: str,
+    *,
+    as_json: bool,
+    line: bool,
+    quiet: bool,
+) -> None:
+    from engrain.report import summary, table
+
+    if as_json:
+        typer.echo(json.dumps(summary(result, config), indent=None if line else 2, ensure_ascii=False))
+        return
+    if quiet:
+        return
+    _print(Console(highlight=False), result, table(result), summary(result, config), config)
+    console = Console(stderr=True)
+    for name, place in places.items():
+        if place.exists():
+            console.print(f"[dim]{name:<8}{place}[/]", soft_wrap=True)
+    console.print(f"[dim]store   {store}[/]", soft_wrap=True)
 
 
 def _print(console: Console, result: Any, view: Any, facts: dict[str, Any], config: Any) -> None:
