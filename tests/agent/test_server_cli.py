@@ -64,7 +64,7 @@ def test_text_from_a_server_is_marked_in_the_store(
     assert len(others) == 2
     assert not episode.exact
     assert episode.sampled == 0
-    assert "not trained on" in run("memory", "episodes", "show", episode.id).stdout
+    assert "some replies came as text" in run("memory", "episodes", "show", episode.id).stdout
     with pytest.raises(UsageError, match="training needs them"):
         connect(str(tiny_folder), [server.url], trainable=True)
 
