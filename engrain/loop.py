@@ -25,9 +25,9 @@ from engrain.evaluate import failures, measure, outcomes, play_stored
 from engrain.gate import Gain, judge, paired_gain
 from engrain.redaction import redact
 from engrain.rounds import OodResult, RoundResult, RoundTasks
-from engrain.weigh import Change, apply_changes, weigh
+from engrain.weigh import Change, apply_changes, usable, weigh
 from envs.base import Task
-from memory.curate import admit, is_instance_bound, ordered
+from memory.curate import admit, is_instance_bound
 from memory.effect import Effect, closed, paired
 from memory.embeddings import load
 from memory.extract import Extractor, alternate
@@ -106,8 +106,8 @@ class Round:
         episodes = self.play()
         self.extract(episodes)
         items = self.curate()
-        if not ordered(items) and "select" not in self.state:
-            return self._finish(RoundStatus.STOPPED, "no usable experience was extracted")
+        if "select" not in self.state and not usable(items, self.config.extract, self.engine.tokenizer):
+            return self._finish(RoundStatus.STOPPED, "no usable experience was extracted, or none that fits the budget")
         knowledge, gap = self.select(items)
         if not gap.positive:
             reason = f"in context the best knowledge gains {gap} on validation tasks: training cannot pay"

@@ -111,7 +111,7 @@ class EpisodeRow(Base):
         Index("ix_episodes_env", "env", "started_at", "id", "split", "success"),
         Index("ix_episodes_checkpoint", "checkpoint", "started_at", "id"),
         Index("ix_episodes_round_id", "round_id", "started_at", "id", "stage", "success"),
-        Index("ix_episodes_run_id", "run_id"),
+        Index("ix_episodes_run_id", "run_id", "success"),
         Index("ix_episodes_tally", "env", "split", "success", "turns", "tokens", "sampled"),
     )
 

@@ -102,7 +102,7 @@ def upgrade() -> None:
     op.create_index("ix_episodes_checkpoint", "episodes", ["checkpoint", "started_at", "id"], unique=False)
     by_round = ["round_id", "started_at", "id", "stage", "success"]
     op.create_index("ix_episodes_round_id", "episodes", by_round, unique=False)
-    op.create_index("ix_episodes_run_id", "episodes", ["run_id"], unique=False)
+    op.create_index("ix_episodes_run_id", "episodes", ["run_id", "success"], unique=False)
     tally = ["env", "split", "success", "turns", "tokens", "sampled"]
     op.create_index("ix_episodes_tally", "episodes", tally, unique=False)
 
