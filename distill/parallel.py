@@ -11,7 +11,8 @@ not matter that shares differ in size, or are empty.
   while they are used. Processes must then make the same number of passes; those that have fewer micro-batches fill up
   with passes of weight zero.
 
-`accelerate launch` says which, `current()` reads it. Precision bf16 is Accelerate's: float32 weights, scored in bf16.
+`accelerate launch` says which, `current()` reads it. Precision bf16 is Accelerate's: what trains is kept in
+float32 and scored in bf16; sampling is in the weights' own precision, when sharded in bf16 too.
 """
 
 from __future__ import annotations
@@ -28,7 +29,13 @@ from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlu
 from peft import PeftModel
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.nn.parallel import DistributedDataParallel
 
 from distill.distributed import gather, rank, whole, world
@@ -150,10 +157,13 @@ class Sharded(_Together):
         self.checkpointing = bool(plugin.activation_checkpointing)
         self.dtype = dtype
         precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None)
+        offload = plugin.cpu_offload
+        if isinstance(offload, CPUOffloadPolicy) and device.type == "cpu":
+            offload = CPUOffloadPolicy(pin_memory=False)  # there is no other device to pin it for
         self.options = {
             "mesh": init_device_mesh(device.type, (world(),)),
             "reshard_after_forward": self.reshard,
-            "offload_policy": plugin.cpu_offload,
+            "offload_policy": offload,
             "mp_policy": precision,
         }
         self.root: Any = None
