@@ -2,7 +2,7 @@
 
 A request goes to the server with the least outstanding work, or, where that costs little balance, to the one that has
 what the request goes on from in its cache. A server that fails is left alone for a while that doubles with every
-failure; then one request at a time tries it, until one succeeds. A request is tried again, on whichever server is there,
+failure; then one request at a time tries it, until one succeeds. A request is tried again, on any server that is there,
 until it is answered or `patience` seconds have passed since it first failed.
 
 Everything runs in one event loop, so no state here needs a lock.
