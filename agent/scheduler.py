@@ -113,10 +113,7 @@ class Scheduler:
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="env")
         try:
             while self._next():
-                while self._waiting and len(self._open) < 2 * self._batch:
-                    game = self._waiting.popleft()
-                    self._open.add(game)
-                    self._call(game, None)
+                self._admit()
                 if self._streaming is not None:
                     self._hear_now(self._streaming)
                     self._stream(self._streaming)
@@ -134,6 +131,13 @@ class Scheduler:
             raise
         self._pool.shutdown(wait=True)
         self.stats.wall_seconds = before + time.perf_counter() - start
+
+    def _admit(self) -> None:
+        """Start envs, as many as there is room for."""
+        while self._waiting and len(self._open) < 2 * self._batch:
+            game = self._waiting.popleft()
+            self._open.add(game)
+            self._call(game, None)
 
     def _next(self) -> bool:
         """Whether there is something to do; waits for it while serving."""
@@ -218,6 +222,7 @@ class Scheduler:
 
     def _take(self, answer: _Answer | None) -> None:
         if answer is None:
+            self._admit()
             return
         self._stepping -= 1
         game = answer.game

@@ -29,9 +29,9 @@ from envs.home import engrain_home
 
 _REGISTRY = "envs.registry:make"
 _START = "import sys; sys.path[:] = sys.argv[2:]; from envs.env_worker import main; main(sys.argv[1])"
-_START_SECONDS = 60.0
+_START_SECONDS = 300.0
 #: The worker's own alarm comes first; the parent's kill is for a worker that is stuck in the kernel.
-_GRACE_SECONDS = 2.0
+_GRACE_SECONDS = 5.0
 #: A start may take this many times as long as a step: games are made then, and their libraries imported.
 _START_FACTOR = 5
 #: How long an env waits for its own worker before another one takes it over.
@@ -106,14 +106,13 @@ class _Process:
     def _line(self, seconds: float) -> bytes | None:
         """The next line; None where the process ends or the time is up."""
         deadline = time.monotonic() + seconds
+        ready = select.poll()
+        ready.register(self._replies, select.POLLIN)
         while b"\n" not in self._buffer:
             left = deadline - time.monotonic()
-            try:
-                if left <= 0 or not select.select([self._replies], [], [], left)[0]:
-                    return None
-                piece = os.read(self._replies.fileno(), 1 << 16)
-            except OSError:
-                piece = b""
+            if left <= 0 or not ready.poll(1000 * left):
+                return None
+            piece = os.read(self._replies.fileno(), 1 << 16)
             if not piece:
                 self._hung_up = True
                 return None
@@ -124,7 +123,7 @@ class _Process:
     def kill(self) -> int | None:
         """End the process and all that it started. How it had ended by itself; None where it had not."""
         with suppress(subprocess.TimeoutExpired):
-            self._popen.wait(1.0 if self._hung_up else 0.0)  # who hangs up is about to be gone
+            self._popen.wait(_GRACE_SECONDS if self._hung_up else 0.0)  # who hangs up is about to be gone
         ended = self._popen.returncode
         self.end()
         for pipe in (self._requests, self._replies):
