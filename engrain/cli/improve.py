@@ -174,7 +174,9 @@ def command(
             fresh = False
         trained, sampler = stack.enter_context(open_engine(chosen.model)), None
         if base_url or engine is not EngineName.TRANSFORMERS:
-            sampler = stack.enter_context(open_sampler(chosen.model, engine, base_url, memory_share=_SAMPLER_SHARE))
+            sampler = stack.enter_context(
+                open_sampler(chosen.model, engine, base_url, trainable=True, memory_share=_SAMPLER_SHARE)
+            )
         stop = stack.enter_context(stopping())
         checks.append(stop.check)
 
