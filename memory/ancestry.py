@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 
 import sqlalchemy as sa
 
@@ -86,12 +87,11 @@ class AncestryTable(ExperienceTable, LineageTable):
         Raises:
             UnknownIdError: it is not stored.
         """
-        chain = self._chain(checkpoint, generations)
-        below: CheckpointLineage | None = None
-        for record in reversed(chain):
-            below = self._lineage(record, sources).model_copy(update={"parent": below})
-        assert below is not None  # noqa: S101 - a chain holds at least the checkpoint
-        return below
+        oldest, *younger = reversed(self._lineages(self._chain(checkpoint, generations), sources))
+        found = oldest
+        for level in younger:
+            found = level.model_copy(update={"parent": found})
+        return found
 
     def blame(self, checkpoint: str, item: str, *, sources: int | None = None) -> Blame:
         """How an item came into a checkpoint or into one before it.
@@ -115,7 +115,7 @@ class AncestryTable(ExperienceTable, LineageTable):
                 f"checkpoint {checkpoint} and those before it were not trained on item {item}; "
                 f"`engrain memory lineage {checkpoint}` shows on what"
             )
-        through = [self._lineage(record, 0) for record in chain if record.knowledge in having]
+        through = self._lineages([record for record in chain if record.knowledge in having], 0)
         mine = [
             level.model_copy(update={"items": tuple(place for place in level.items if place.item.id == item)})
             for level in through
@@ -137,32 +137,37 @@ class AncestryTable(ExperienceTable, LineageTable):
                 break
         return chain
 
-    def _lineage(self, record: CheckpointRecord, sources: int | None) -> CheckpointLineage:
-        run = self._runs_by_id(record.run_id)
-        knowledge: Knowledge | None = None
-        if record.knowledge:
-            knowledge = next(iter(self._knowledge_by_id(record.knowledge)), None)
-        ids = [place.id for place in knowledge.items] if knowledge else []
-        with self._read() as connection:
-            played = sa.select(sa.func.count(), sa.func.sum(sa.cast(EpisodeRow.success, sa.Integer)))
-            episodes, solved = (0, 0)
-            if record.run_id:
-                episodes, solved = connection.execute(played.where(EpisodeRow.run_id == record.run_id)).one()
-            origins = self._origins(connection, ids, sources)
+    def _lineages(self, chain: Sequence[CheckpointRecord], sources: int | None) -> list[CheckpointLineage]:
+        """What each of these checkpoints was made from; what they share is read once."""
+        texts = {record.knowledge: self._knowledge_by_id(record.knowledge) for record in chain}
+        ids = list(dict.fromkeys(place.id for text in texts.values() if text for place in text.items))
         summaries = {row.id: row for row in self.item_rows(ids=ids)}
-        places = [
-            ItemOrigin(position=n, wording=place.text, item=summaries[place.id], sources=tuple(origins[place.id]))
-            for n, place in enumerate(knowledge.items if knowledge else (), 1)
-        ]
-        return CheckpointLineage(
-            checkpoint=record,
-            run=run,
-            training_episodes=episodes or 0,
-            training_solved=solved or 0,
-            knowledge=knowledge,
-            items=tuple(places),
-            evaluations=tuple(self.evaluations(checkpoint=record.id, results=False)),
-        )
+        solved = sa.func.sum(sa.cast(EpisodeRow.success, sa.Integer))
+        played = sa.select(EpisodeRow.run_id, sa.func.count(), solved).group_by(EpisodeRow.run_id)
+        with self._read() as connection:
+            origins = self._origins(connection, ids, sources)
+            trained = played.where(EpisodeRow.run_id.in_([record.run_id for record in chain if record.run_id]))
+            counts = {run: (episodes, won) for run, episodes, won in connection.execute(trained)}
+        lineages = []
+        for record in chain:
+            text = texts[record.knowledge]
+            episodes, won = counts.get(record.run_id, (0, 0))
+            places = [
+                ItemOrigin(position=n, wording=place.text, item=summaries[place.id], sources=tuple(origins[place.id]))
+                for n, place in enumerate(text.items if text else (), 1)
+            ]
+            lineages.append(
+                CheckpointLineage(
+                    checkpoint=record,
+                    run=self._runs_by_id(record.run_id),
+                    training_episodes=episodes,
+                    training_solved=won,
+                    knowledge=text,
+                    items=tuple(places),
+                    evaluations=tuple(self.evaluations(checkpoint=record.id, results=False)),
+                )
+            )
+        return lineages
 
     def _runs_by_id(self, id: str | None) -> RunRecord | None:
         if id is None:
@@ -172,11 +177,13 @@ class AncestryTable(ExperienceTable, LineageTable):
         except UnknownIdError:
             return None
 
-    def _knowledge_by_id(self, id: str) -> list[Knowledge]:
+    def _knowledge_by_id(self, id: str | None) -> Knowledge | None:
+        if id is None:
+            return None
         try:
-            return [self.knowledge(id)]
+            return self.knowledge(id)
         except UnknownIdError:
-            return []
+            return None
 
     def _origins(self, connection: sa.Connection, items: list[str], limit: int | None) -> dict[str, list[Origin]]:
         """The sources of items with their episodes: what was learned before what was recalled, oldest first."""
@@ -187,7 +194,10 @@ class AncestryTable(ExperienceTable, LineageTable):
             partition_by=ItemSourceRow.item_id,
             order_by=[ItemSourceRow.recalled, ItemSourceRow.created_at, ItemSourceRow.id],
         )
-        ranked = sa.select(ItemSourceRow, rank.label("rank")).where(ItemSourceRow.item_id.in_(items)).subquery()
+        plain = [
+            getattr(ItemSourceRow, name) for name in ("item_id", "text", "recalled", "episode_id", "extraction_id")
+        ]
+        ranked = sa.select(*plain, rank.label("rank")).where(ItemSourceRow.item_id.in_(items)).subquery()
         query = (
             sa.select(
                 ranked.c.item_id, ranked.c.text, ranked.c.recalled, ranked.c.episode_id, ranked.c.extraction_id,
