@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python benchmarks/extraction.py                       # Qwen2.5-Coder-0.5B, three seeds
     python benchmarks/extraction.py --coach qwen2.5-coder-1.5b              # a stronger model reads the episodes, too
 
-For each seed the model plays the demo's training episodes once. Each mode then reads the same episodes and writes items;
+For each seed the model plays the demo's training episodes. Each mode then reads the same episodes and writes items;
 admission, merging and candidate texts are the round's own; the best candidate is chosen on validation tasks and
 measured in context on test tasks that had no part in the choice. `paper` is the peer: one trace, bare instructions
 (arXiv 2602.12275). Gaps are paired by task; the interval of a mode pools the tasks of all seeds.

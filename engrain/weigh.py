@@ -91,17 +91,19 @@ def weigh(
     """
     made = partial(compose, budget_tokens=settings.budget_tokens, tokenizer=tokenizer)
     texts = partial(candidates, items, settings.budget_tokens, tokenizer, settings.candidates, seed)
-    usable = ordered(items)
+    ranked = ordered(items)
     effects: dict[str, Effect] = {}
     if settings.effects == "randomised":
-        measured = measurable(usable, len(bare), made)
+        measured = measurable(ranked, len(bare), made)
         if len(measured) > 1:
             effects = randomised_inclusion(measured, len(bare), seed, made, play)
     pool = (texts(effects) if effects else []) or texts()
-    conflicts = contradictions(usable)
+    if left_out := max((len(text.dropped) for text in pool), default=0):
+        note(f"the budget of {settings.budget_tokens} tokens leaves out up to {left_out} items of a candidate")
+    conflicts = contradictions(ranked)
     rivals = list(dict.fromkeys(id_ for pair in list(conflicts)[:_PAIRS] for id_ in pair))
     known = {candidate.id for candidate in pool}
-    alone = [made([item]) for item in usable if item.id in rivals]
+    alone = [made([item]) for item in ranked if item.id in rivals]
     pool += [text for text in alone if text.items and text.id not in known]
     scores = list(select(pool, score, on_score=lambda found: note(scored(found))).scores)
     whole = best_of(scores)
@@ -112,7 +114,7 @@ def weigh(
         if rest.items and rest.id not in {found.knowledge.id for found in scores}:
             scores.append(Score(rest, tuple(score(rest))))
     best = best_of(scores)
-    for item in usable:
+    for item in ranked:
         if item.id in effects:
             note(f"effect {effects[item.id]}: {item.text[:80]}")
     held = {item.id for item in best.knowledge.items}
@@ -126,6 +128,11 @@ def weigh(
             why = f"contradicts item {pair.winner}, which does more on validation tasks: {pair.by}"
             changes.append(Change(item=pair.loser, status=ItemStatus.RETIRED, why=why))
     return Weighed(best, whole.knowledge.id, effects, tuple(changes))
+
+
+def usable(items: Sequence[Item], settings: ExtractConfig, tokenizer: Any) -> bool:
+    """Whether any item may enter knowledge and fits the budget."""
+    return any(compose([item], settings.budget_tokens, tokenizer).items for item in ordered(items))
 
 
 def apply_changes(store: Store, round_: RoundRecord, changes: Sequence[Any]) -> None:

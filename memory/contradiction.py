@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import combinations
 
 from memory.normalise import ANCHOR, ARTICLES, WORD, normalised
@@ -83,10 +84,11 @@ def contradictions(items: Sequence[Item]) -> dict[tuple[str, str], str]:
     return found
 
 
-def content(text: str) -> set[str]:
+@lru_cache(maxsize=1 << 16)  # every new item is compared with all that are active
+def content(text: str) -> frozenset[str]:
     """The words that carry the matter: no negations, no forms such as markup or numbers, no empty words."""
     plain = _NEGATION.sub(" ", ANCHOR.sub(_keep_words, normalised(text)))
-    return set(WORD.findall(plain)) - _EMPTY - _COUNTS
+    return frozenset(WORD.findall(plain)) - _EMPTY - _COUNTS
 
 
 def _keep_words(match: re.Match[str]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 
 from memory.records import Item, digest
 
@@ -19,6 +20,7 @@ ANCHOR = re.compile(
 )
 
 
+@lru_cache(maxsize=1 << 16)  # every new line is compared with all items
 def normalised(text: str) -> str:
     """Lower case, single spaces, no punctuation at the end except a closing bracket or quote."""
     text = " ".join(unicodedata.normalize("NFC", text).casefold().split())

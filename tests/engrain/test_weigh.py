@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from engrain.config import ExtractConfig
-from engrain.weigh import Change, apply_changes, weigh
+from engrain.weigh import Change, apply_changes, usable, weigh
 from memory.normalise import item_id
 from memory.records import Item, ItemSource, ItemStatus, now
 from memory.store import Store
@@ -132,3 +132,12 @@ def test_no_item_that_fits_is_an_error():
             items(GOOD), [True] * 8, ExtractConfig(budget_tokens=1), seed=0, tokenizer=Words(),
             score=lambda k: [], play=lambda k, p: [], note=print,
         )  # fmt: skip
+
+
+def test_whether_anything_may_enter_knowledge():
+    settings = ExtractConfig(budget_tokens=20)
+    assert usable(items(GOOD), settings, Words())
+    assert not usable(items(GOOD), ExtractConfig(budget_tokens=3), Words())
+    assert not usable([], settings, Words())
+    waiting = [item.model_copy(update={"status": ItemStatus.QUARANTINED}) for item in items(GOOD)]
+    assert not usable(waiting, settings, Words())
