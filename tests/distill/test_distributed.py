@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 from agent.episode import Episode, SamplingParams
 from distill.baselines import MixedSource, TeacherSource
@@ -162,6 +163,16 @@ def failure() -> str:
     return "nothing"
 
 
+def launch(way: str, *command: str) -> subprocess.CompletedProcess[str]:
+    """Run a script, or a module after -m, in two processes."""
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "ACCELERATE_MIXED_PRECISION": "no"}
+    environment |= {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    if way == "fsdp2":
+        environment |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return subprocess.run([*launcher, *command], env=environment, capture_output=True, text=True, timeout=500)
+
+
 @pytest.fixture(scope="module")
 def model(tiny_model, tiny_tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
@@ -182,13 +193,7 @@ def together(request, model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     """Which way, the runs' folder, and what the two processes reported."""
     folder = tmp_path_factory.mktemp(request.param)
     train(model, folder / "from-one", "mixed-ema", cut=True)
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "ACCELERATE_MIXED_PRECISION": "no"}
-    environment |= {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    if request.param == "fsdp2":
-        environment |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launch, __file__, str(model), str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    done = launch(request.param, __file__, str(model), str(folder))
     assert done.returncode == 0, done.stderr[-4000:]
     return (
         {"ddp": "Replicated", "fsdp2": "Sharded"}[request.param],
@@ -241,6 +246,23 @@ def test_a_process_that_fails_and_processes_that_differ_are_named(together) -> N
     assert facts["failed"] == "process 1 failed: no room"
     assert "process 1 starts from other weights" in facts["refused"][0]
     assert "--fsdp_version 2" in facts["refused"][1]
+
+
+def test_the_command_line_trains_in_two_processes(model: Path, tmp_path: Path) -> None:
+    from engrain.cli import app
+
+    (tmp_path / "rules.txt").write_text("- Reply with one digit.\n")
+    command = ["distill", "math", "-k", str(tmp_path / "rules.txt"), "--model", str(model), "--rank", "4", "--json"]
+    command += ["--steps", "1", "--batch-size", "3", "--max-tokens", "6", "-n", "6", "--validation", "2"]
+    command += ["--store", str(tmp_path / "store.db"), "--out"]
+    one = CliRunner().invoke(app, [*command, str(tmp_path / "one")])
+    assert one.exit_code == 0, one.output
+    two = launch("fsdp2", "-m", "engrain", *command, str(tmp_path / "two"))
+    assert two.returncode == 0, two.stderr[-4000:]
+    ours, theirs = json.loads(two.stdout), json.loads(one.stdout)  # printed once
+    assert ours["history"][0]["loss"] == pytest.approx(theirs["history"][0]["loss"], rel=1e-4)
+    assert ours["validation"] == theirs["validation"]
+    assert (tmp_path / "two" / "step-000001" / "adapter_model.safetensors").is_file()
 
 
 def test_shares_are_balanced_by_tokens_and_lose_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
