@@ -149,7 +149,7 @@ def insert(store: Store, worlds: Worlds, episodes: int) -> dict[str, Any]:
 def furnish(store: Store, worlds: Worlds, episodes: int) -> None:
     """Items with sources and effects, knowledge versions, runs, checkpoints and evaluations of all rounds."""
     made = random.Random(worlds.seed)
-    texts = [f"Lesson {n}: {' '.join(made.choices(WORDS, k=12))}" for n in range(ITEMS)]
+    texts = [f"Lesson {n}: {' '.join(made.choices(WORDS, k=12))}" for n in range(min(ITEMS, episodes // 4))]
     for text in texts:
         first, *others = (worlds.id(number) for number in made.sample(range(episodes), min(SOURCES, episodes)))
         found = Extraction(
@@ -165,7 +165,7 @@ def furnish(store: Store, worlds: Worlds, episodes: int) -> None:
         )  # fmt: skip
     parent: str | None = None
     for number, round_ in enumerate(store.rounds()):
-        chosen = made.sample(texts, 20)
+        chosen = made.sample(texts, min(20, len(texts)))
         body = "\n".join(f"- {text}" for text in chosen)
         places = tuple(KnowledgeItem(id=item_id(text), text=text) for text in chosen)
         text = store.add_knowledge(Knowledge(id=digest(body), items=places, text=body, tokens=300), round_.id)
