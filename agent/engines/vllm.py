@@ -338,7 +338,9 @@ class VllmEngine:
 
     def _merge(self, adapter: Path) -> None:
         """Write the adapter into the weights: W + scale * B A, rounded once, as the transformers engine does."""
-        base: Any = AutoModelForCausalLM.from_pretrained(self._source, dtype=self._dtype, use_safetensors=True)
+        base: Any = AutoModelForCausalLM.from_pretrained(
+            self._source, dtype=self._dtype, use_safetensors=True, trust_remote_code=False
+        )
         network: Any = PeftModel.from_pretrained(base, str(adapter))
         with tempfile.TemporaryDirectory(prefix="engrain-merged-") as folder:
             if can_merge(network):
