@@ -29,11 +29,11 @@ class MetricsListener:
         self.doing = "starting"
         self.round: int | None = None
         self._last = time.time()
-        self._counted: dict[str, tuple[int, int, int]] = {}
+        self._counted: dict[str, tuple[int, int]] = {}
         self._rounds = Counter("engrain_rounds", "Rounds that ended.", ["outcome"], registry=registry)
         self._stage = Gauge("engrain_stage", "1 for the stage that is running.", ["stage"], registry=registry)
         self._number = Gauge("engrain_round_number", "The round that is running, or ran last.", registry=registry)
-        self._episodes = Counter("engrain_episodes", "Episodes played.", ["outcome"], registry=registry)
+        self._episodes = Counter("engrain_episodes", "Episodes played.", registry=registry)
         self._tokens = Counter("engrain_sampled_tokens", "Tokens sampled in episodes.", registry=registry)
         self._steps = Counter("engrain_training_steps", "Training steps.", registry=registry)
         self._divergence = Gauge("engrain_divergence_nats", "Divergence at the last step.", registry=registry)
@@ -66,12 +66,10 @@ class MetricsListener:
 
     def rollout(self, what: str, stats: RolloutStats) -> None:
         """Episodes since the last call; those that were there before are not counted."""
-        now = (stats.successes, stats.episodes - stats.known, stats.sampled_tokens)
-        before = self._counted.get(what, (stats.successes if stats.episodes == stats.known else 0, 0, 0))
-        solved, played, tokens = (max(new - old, 0) for new, old in zip(now, before, strict=True))
+        now = (stats.episodes - stats.known, stats.sampled_tokens)
+        played, tokens = (max(a - b, 0) for a, b in zip(now, self._counted.get(what, (0, 0)), strict=True))
         self._counted[what] = now
-        self._episodes.labels("solved").inc(min(solved, played))
-        self._episodes.labels("unsolved").inc(played - min(solved, played))
+        self._episodes.inc(played)
         self._tokens.inc(tokens)
         self._last = time.time()
 

