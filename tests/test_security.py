@@ -102,7 +102,8 @@ def test_no_text_or_file_is_run_as_code(package: str) -> None:
 @pytest.mark.parametrize(
     "source",
     [
-        "import pickle", "from dill import loads", "eval(text)", "torch.load(path)", "torch.load(p, weights_only=False)",
+        "import pickle", "from dill import loads", "eval(text)", "torch.load(path)",
+        "torch.load(p, weights_only=False)",
         "AutoTokenizer.from_pretrained(p)", "AutoModel.from_pretrained(p, trust_remote_code=True)",
         "subprocess.run(text, shell=True)", "sa.text('DELETE FROM ' + name)", "sa.text(f'DELETE FROM {name}')",
         "np.load(p, allow_pickle=True)",
