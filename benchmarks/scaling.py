@@ -79,7 +79,8 @@ def main() -> None:
     from agent.rollout import RolloutStats
     from envs.base import Split, Task
 
-    ray.init(num_cpus=max(given.players), include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    quiet: Any = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
+    ray.init("local", num_cpus=max(given.players), **quiet)
     engine = partial(StandIn, str(resolve(given.model)), given.latency)
     tasks = [Task.create("echo", Split.TRAIN, seed, {}) for seed in range(given.episodes)]
     options: Any = {
