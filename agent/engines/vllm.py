@@ -84,11 +84,11 @@ class VllmEngine:
         self.model = name
         self.checkpoint: str | None = None
         self._source = str(model)
-        device = pick_device()
-        on_cpu = device.type == "cpu"
+        self._vllm = _import_vllm()
+        on_cpu: bool = self._vllm.platforms.current_platform.is_cpu()  # there is a build for each
+        device = pick_device("cpu" if on_cpu else "auto")
         self._dtype = pick_dtype(dtype, device)
         self._beside = adapters == "beside" or (adapters == "auto" and not on_cpu)
-        self._vllm = _import_vllm()
         self.can_sleep: bool = not on_cpu
         arguments: dict[str, Any] = {
             "model": self._source,
@@ -109,7 +109,6 @@ class VllmEngine:
         }
         if self._beside:
             arguments |= {"enable_lora": True, "max_lora_rank": lora_rank, "max_loras": 1, "max_cpu_loras": 4}
-        self._lora_rank = lora_rank
         try:
             with _undisturbed():
                 self._engine: Any = _start(self._vllm.EngineArgs(**arguments))
@@ -145,19 +144,23 @@ class VllmEngine:
         pairs = list(zip(prompts, sampling, strict=True))
         for prompt, params in pairs:
             self._check(prompt, params)
-        numbers = [self.submit(prompt, params) for prompt, params in pairs]
-        mine: dict[int, Completion | EngrainError] = dict.fromkeys(numbers, EngineFailedError("not finished"))
-        left, others = set(numbers), []
-        while left:
-            for number, result in self.poll():
-                if number in left:
-                    left.discard(number)
-                    mine[number] = result
-                else:
-                    others.append((number, result))
-        self._finished = others + self._finished
+        mine: dict[int, Completion | EngrainError] = {}
+        numbers: list[int] = []
+        others = []
+        try:
+            numbers += (self.submit(prompt, params) for prompt, params in pairs)
+            while len(mine) < len(numbers):
+                for number, result in self.poll():
+                    if number in numbers:
+                        mine[number] = result
+                    else:
+                        others.append((number, result))
+        finally:
+            self.cancel(numbers)  # of an interrupted call; the others have ended
+            self._finished = others + self._finished
         completions = []
-        for result in mine.values():
+        for number in numbers:
+            result = mine[number]
             if not isinstance(result, Completion):
                 raise result
             completions.append(result)
@@ -198,9 +201,10 @@ class VllmEngine:
 
     def cancel(self, requests: Sequence[int]) -> None:
         """Give requests up; `poll` does not return them any more. Finished and unknown ones are ignored."""
-        given_up = self._running.intersection(requests)
+        unwanted = set(requests)
+        given_up = self._running & unwanted
         self._running -= given_up
-        self._finished = [(number, result) for number, result in self._finished if number not in set(requests)]
+        self._finished = [(number, result) for number, result in self._finished if number not in unwanted]
         if given_up:
             self._engine.abort_request([str(number) for number in given_up])
 
@@ -220,20 +224,19 @@ class VllmEngine:
             )
         if checkpoint is not None:
             check_folder(checkpoint)
+            if not is_adapter(checkpoint):
+                check_weights(checkpoint, Path(self._source))
         self._lora = self.checkpoint = None
         try:
             if checkpoint is None:
                 self._use_weights(self._source)
             elif not is_adapter(checkpoint):
-                check_weights(checkpoint, Path(self._source))
                 self._use_weights(str(checkpoint))
             elif self._beside:
                 self._use_weights(self._source)
                 self._lora = self._attach(checkpoint)
             else:
                 self._merge(checkpoint)
-        except CheckpointError:
-            raise
         except Exception as error:  # vLLM raises what its many parts raise
             self._weights = ""  # who knows what is in memory now
             self._use_weights(self._source)
@@ -386,6 +389,7 @@ def _import_vllm() -> Any:
         with _undisturbed():
             import vllm
             import vllm.lora.request
+            import vllm.platforms
             import vllm.sampling_params
             import vllm.v1.engine.llm_engine
     except ImportError as error:

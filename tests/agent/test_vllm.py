@@ -163,6 +163,24 @@ def test_requests_come_and_go_while_others_run(engine: VllmEngine) -> None:
     assert engine.poll(1.0) == []
 
 
+def test_an_interrupted_call_leaves_nothing_under_way(engine: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = prompts_of(engine, *QUESTIONS[:2])
+    step, steps = engine._step, iter(range(3))
+
+    def interrupted() -> None:
+        if next(steps, None) is None:
+            raise KeyboardInterrupt
+        step()
+
+    monkeypatch.setattr(engine, "_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate(prompts, [GREEDY] * 2)
+    monkeypatch.undo()
+    assert engine.pending == 0
+    engine.load(None)
+    assert len(engine.generate(prompts, [GREEDY] * 2)) == 2
+
+
 def test_bad_requests_are_refused(engine: VllmEngine) -> None:
     assert engine.max_context == 1024
     with pytest.raises(ContextLengthError, match="1024 tokens of smollm2-135m"):
