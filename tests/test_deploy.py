@@ -156,7 +156,7 @@ def test_the_loop_of_the_compose_file_plays_a_round_and_leaves_when_told(
     url = request.getfixturevalue("sampler") if server == "vllm" else None
     words = [f"--base-url={url}" if w.startswith("--base-url") else w for w in words]
     words = [w for w in words if w != "--base-url=None"]
-    words += ["--train-tasks=3", "--validation-tasks=2", "--test-tasks=2", "--steps=1", "--batch-size=2"]
+    words += ["--train-tasks=1", "--validation-tasks=2", "--test-tasks=2", "--steps=1", "--batch-size=2"]
     words += ["--max-tokens=8", f"--seed={1 if url else 0}"]
     secret = tmp_path / "postgres_password"
     secret.write_text("p@ss/word:1\n")
@@ -201,4 +201,4 @@ def test_the_loop_of_the_compose_file_plays_a_round_and_leaves_when_told(
     with Store.open(postgres) as store:
         record = store.rounds()[-1]
         assert record.status in ("finished", "stopped")
-        assert len(store.episode_rows(round_id=record.id, stage="play")) == 3
+        assert len(store.episode_rows(round_id=record.id, stage="play")) == 1
