@@ -154,3 +154,44 @@ def test_a_round_that_breaks_is_gone_on_with_and_a_fault_of_ours_ends_the_loop(s
     assert played == [(7, True), (7, True), (7, True), (8, False), (9, False)]
     assert told.failures == [("server gone", 60), ("server gone", 120)]
     assert len(slept) == 180
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--every", "6h"], "belong to --forever"),
+        (["--forever", "--every", "soon"], "'soon' is no length of time"),
+        (["--forever", "--disk-budget", "huge"], "'huge' is no size"),
+        (["--forever", "--out", "somewhere"], "--out is one round's folder"),
+        (["--forever", "--metrics-port", "70000"], "65535"),
+    ],
+)
+def test_options_that_make_no_sense_are_said_before_anything_is_opened(
+    words: list[str], line: str, tmp_path: Any
+) -> None:
+    from typer.testing import CliRunner
+
+    import engrain.cli as shell
+
+    result = CliRunner().invoke(
+        shell.app, ["improve", "math", "-o", "convention=json", "--store", str(tmp_path / "new.db"), *words]
+    )
+    assert result.exit_code == 2
+    assert line in " ".join(result.output.split())
+    assert not (tmp_path / "new.db").exists()
+
+
+def test_a_password_from_a_file_joins_a_url_that_has_none(tmp_path: Any, monkeypatch: Any) -> None:
+    from engrain.settings import with_password
+
+    file = tmp_path / "secret"
+    file.write_text("p@ss/w:1\n")
+    plain = "postgresql://me@db:5432/x"
+    assert with_password(plain) == plain
+    monkeypatch.setenv("ENGRAIN_STORE_PASSWORD_FILE", str(file))
+    assert with_password(plain) == "postgresql://me:p%40ss%2Fw%3A1@db:5432/x"
+    assert with_password("postgresql://me:own@db/x") == "postgresql://me:own@db/x"
+    assert with_password("runs.db") == "runs.db"
+    file.unlink()
+    with pytest.raises(UsageError, match=r"ENGRAIN_STORE_PASSWORD_FILE: .*secret cannot be read"):
+        with_password(plain)
