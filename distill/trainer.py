@@ -38,7 +38,6 @@ from distill.monitor import Guard, StepMetrics
 from distill.objective import Overlap, chunked_cross_entropy, chunked_divergence, position_weights
 from distill.packing import Packed, Sample, micro_batches, pack
 from distill.parallel import Alone, current
-from distill.schedule import auto_objective
 from distill.source import Batch, Source
 from distill.tally import Tally, peak_memory
 from distill.teacher import Teacher
@@ -153,20 +152,13 @@ class Trainer:
         tally.seconds = time.perf_counter() - started
         return self._metrics(batch, tally, 0.0, 0.0)
 
-    @property
-    def objective(self) -> str:
-        """Name of the next step's divergence."""
-        if self.config.objective != "auto":
-            return self.config.objective
-        return auto_objective(self.history, enter=self.config.auto_enter, leave=self.config.auto_leave)
-
     def _score_batch(self, samples: Sequence[Sample], use: Callable[[Tensor], None]) -> Tally:
         """Score this process's share under both models in micro-batches, and give each part's loss to `use`."""
         if not samples:
             raise DistillConfigError("none of the step's rollouts has a sampled token; see the stored episodes' errors")
         tally, tokens = Tally(), sum(sample.sampled for sample in samples)
         started, cached = time.perf_counter(), 0
-        if self.objective != "cross_entropy":
+        if self.config.objective != "cross_entropy":
             cached = self.parallel.run(lambda: self.teacher.prepare([sample.teacher_prompt for sample in samples]))
         tally.seconds_prefix = tally.seconds_teacher = time.perf_counter() - started
         parts = list(micro_batches(self.parallel.share(samples), self.config.micro_batch_tokens, cached))
@@ -178,7 +170,7 @@ class Trainer:
     def loss(self, samples: Sequence[Sample], *, sequences: int, tokens: int, tally: Tally) -> Tensor:
         """This micro-batch's share of the batch's loss, a scalar with gradient."""
         teacher_RD = None
-        if self.objective != "cross_entropy":
+        if self.config.objective != "cross_entropy":
             started = time.perf_counter()
             teacher_RD = self.parallel.run(lambda: self.teacher.hidden(samples))
             tally.seconds_teacher += time.perf_counter() - started
@@ -201,7 +193,7 @@ class Trainer:
             head_VD,
             teacher_RD,
             self.teacher.head_VD,
-            self.divergence(self.objective),
+            self.divergence(self.config.objective),
             allowed=packed.allowed,
         )
         return *scored, packed
@@ -326,7 +318,7 @@ class Trainer:
         return Tally.of_all(gather(tally)).metrics(
             batch,
             step=len(self.history) + 1,
-            objective=self.objective,
+            objective=self.config.objective,
             grad_norm=norm,
             learning_rate=rate,
             decode=self.decode,

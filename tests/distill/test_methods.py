@@ -1,4 +1,4 @@
-"""The baselines, the kinds of teacher and the auto objective, each in the one trainer and each resumable."""
+"""The baselines and the kinds of teacher, each in the one trainer and each resumable."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from distill.config import DistillConfig, LoraSettings
 from distill.errors import CheckpointError, DistillConfigError
 from distill.monitor import StepMetrics
 from distill.packing import Sample
-from distill.schedule import auto_objective
 from distill.source import Batch, OnPolicySource
 from distill.teacher import EmaTeacher, FrozenTeacher
 from distill.trainer import Trainer
@@ -47,7 +46,6 @@ def by_method(make_trainer, tasks, knowledge):
         ({"method": "off_policy"}, "forward_kl"),
         ({"method": "sft"}, "cross_entropy"),
         ({"method": "mixed", "on_policy_fraction": 0.3}, "reverse_kl"),
-        ({"objective": "auto", "auto_enter": 0.0, "auto_leave": 0.0}, "reverse_kl"),
         ({"teacher_kind": "ema", "ema_rate": 0.3}, "reverse_kl"),
     ],
 )
@@ -61,7 +59,7 @@ def test_each_trains_and_resumes_to_the_bit(by_method, weights, settings, object
     with pytest.raises(KeyboardInterrupt):
         by_method("cut", **settings).fit(on_step=cut)
     second = by_method("cut", **settings)
-    assert second.start == 2
+    assert second.start == 3  # an interrupt keeps what was trained
     resumed = second.fit()
     assert all(torch.equal(w, weights(whole)[n]) for n, w in weights(second).items())
     assert [m.model_dump(exclude=TIMES) for m in resumed.history] == [
@@ -110,24 +108,6 @@ def test_measuring_changes_nothing_and_says_what_the_next_step_says(make_trainer
     assert 0.0 < measured.opening_overlap <= 1.0
     with pytest.raises(DistillConfigError, match="sampled token"):
         trainer.measure(Batch((), ()))
-
-
-def run_auto(overlaps: list[float], enter: float = 0.5, leave: float = 0.25) -> list[str]:
-    fields = dict.fromkeys(StepMetrics.model_fields, 1)
-    history: list[StepMetrics] = []
-    for step, overlap in enumerate(overlaps):
-        objective = auto_objective(history, enter=enter, leave=leave)
-        history.append(
-            StepMetrics.model_validate(fields | {"step": step, "objective": objective} | {"opening_overlap": overlap})
-        )
-    return [m.objective[0] for m in history] + [auto_objective(history, enter=enter, leave=leave)[0]]
-
-
-def test_auto_crosses_over_late_and_back_later() -> None:
-    assert "".join(run_auto([0.1, 0.4, 0.4, 0.6, 0.7, 0.4, 0.3, 0.3])) == "fffff" + "rrrr"
-    assert "".join(run_auto([0.9, 0.9, 0.9, 0.3, 0.1, 0.1, 0.1])) == "fff" + "rrr" + "ff"
-    assert "".join(run_auto([0.9, 0.9])) == "fff"  # two steps are too few to tell
-    assert set(run_auto([0.3] * 9)) == {"f"}
 
 
 def sample_of(prompt: int = 9) -> Sample:
@@ -216,7 +196,6 @@ def test_a_wider_teacher_of_the_same_vocabulary_teaches(make_trainer, tiny_model
     [
         ({"method": "sft", "objective": "reverse_kl"}, "sft"),
         ({"objective": "cross_entropy"}, "sft"),
-        ({"auto_enter": 0.1, "auto_leave": 0.2}, "swap"),
         ({"teacher_kind": "ema", "teacher": "big"}, "second"),
         ({"teacher_kind": "ema", "lora": None}, "lora"),
         ({"method": "mixed", "batch_size": 1}, "larger batch"),

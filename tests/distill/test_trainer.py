@@ -245,10 +245,6 @@ def test_the_guard_sees_a_rising_divergence_and_lets_a_sure_teacher_make_a_sure_
     guard = Guard(GuardConfig(rising_steps=3))
     assert [guard.check(metrics(i, divergence=d)) for i, d in enumerate([1, 0.9, 1.0, 1.1], 1)] == [None] * 4
     assert "rose 3 steps" in (guard.check(metrics(5, divergence=1.2)) or "")
-    crossing = Guard(GuardConfig(rising_steps=3))  # of two objectives the values cannot be compared
-    rising = [metrics(i, divergence=i, objective="forward_kl" if i < 3 else "reverse_kl") for i in range(1, 6)]
-    assert [crossing.check(m) for m in rising] == [None] * 5
-    assert "rose 3 steps" in (crossing.check(metrics(6, divergence=6, objective="reverse_kl")) or "")
     calm = Guard(GuardConfig(warmup_steps=1, rising_steps=None))
     calm.check(metrics(1))
     assert calm.check(metrics(2, student_entropy=0.05, teacher_entropy=0.05)) is None
