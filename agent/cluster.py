@@ -151,6 +151,7 @@ class _Seat:
 
     actor: Any
     outstanding: int = 0
+    alone: bool = False  # it has a task on its last try, and gets no other
     lost: bool = False
     born: float = field(default_factory=time.monotonic)
     stats: RolloutStats = field(default_factory=RolloutStats)
@@ -374,11 +375,14 @@ class _Run:
 
     def _hand_out(self) -> None:
         """Tasks to whoever has the fewest, up to what a scheduler opens at once."""
-        while self.waiting and self.cluster._seats:
-            seat = min(self.cluster._seats, key=lambda seat: seat.outstanding)
-            if seat.outstanding >= 2 * self.job.batch:
+        while self.waiting and (seats := [seat for seat in self.cluster._seats if not seat.alone]):
+            seat = min(seats, key=lambda seat: seat.outstanding)
+            # A last try is played alone: who was only there when another task cost the player is not written off.
+            last = self.waiting[0].tries == _TRIES - 1
+            if seat.outstanding >= (1 if last else 2 * self.job.batch):
                 return
             item = self.waiting.popleft()
+            seat.alone = last
             if item.tries < _TRIES:
                 ref = seat.actor.play.remote(self.shared, item)
             else:
@@ -393,11 +397,12 @@ class _Run:
         """Keep an episode, or play it again where its player was lost."""
         seat, item = self.flying.pop(ref)
         seat.outstanding -= 1
+        seat.alone = False
         try:
             episode, seat.stats = self.ray.get(ref)
         except self.ray.exceptions.RayError as error:
             item.tries += not isinstance(error, self.ray.exceptions.RayTaskError)  # an engine's fault is no task's
-            self.waiting.appendleft(item)
+            self.waiting.append(item)
             self.cluster._lose(seat, error)
             return
         self.cluster._losses = 0

@@ -161,7 +161,10 @@ def test_a_player_that_dies_is_replaced(on: Any, tasks: list[Task], tiny_tokeniz
     assert len(kept) == len(set(kept)) == 24
 
 
-def test_a_task_that_costs_every_player_is_written_off(on: Any, tasks: list[Task]) -> None:
+def test_a_task_that_costs_every_player_is_written_off(
+    on: Any, tasks: list[Task], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agent.cluster._TRIES", 2)
     from breaking_envs import make
 
     deadly = Task.create("breaking", Split.TRAIN, 99, {"does": "leave", "at": 1})
@@ -169,15 +172,16 @@ def test_a_task_that_costs_every_player_is_written_off(on: Any, tasks: list[Task
         [*tasks[:2], *tasks[2:], deadly], sampling=SAMPLING, namespace="test", make_env=make, batch=1
     )
     assert all(e.stop_reason is StopReason.DONE for e in fine)
-    assert (lost.stop_reason, lost.error) == (StopReason.ERROR, "4 players were lost while it was played")
+    assert (lost.stop_reason, lost.error) == (StopReason.ERROR, "2 players were lost while it was played")
 
 
-def test_faults_of_engines_end_the_play(on: Any, tasks: list[Task]) -> None:
+def test_faults_of_engines_end_the_play(on: Any, tasks: list[Task], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agent.cluster._LOSSES", 1)
     with pytest.raises(ModelLoadError, match="no weights here"):
         on(fault="load").play(tasks, sampling=SAMPLING, namespace="test")
     from breaking_envs import make
 
-    with pytest.raises(ClusterError, match="lost 5 times in a row, the last to: out of numbers"):
+    with pytest.raises(ClusterError, match="lost 2 times in a row, the last to: out of numbers"):
         on(fault="run").play(tasks, sampling=SAMPLING, namespace="test", make_env=make)
 
 
