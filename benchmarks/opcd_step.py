@@ -3,9 +3,9 @@
     python benchmarks/opcd_step.py [--model smollm2-135m] [--knowledge 512 2048 8192] [--repeats 3]
 
 Both sides get the same 8 prompts, the same 64-token responses, the same teacher prompts (knowledge first), LoRA of rank
-16 and reverse KL over the whole vocabulary; TRL's prompt limit is lifted so that it cuts nothing. TRL scores its batch of
-8 at once, as it does by default; ours goes through in packs of at most 512 tokens. Our loss and TRL's `full_logits`
-loss of the same batch are compared too. The last line is JSON.
+16 and reverse KL over the whole vocabulary; TRL's prompt limit is lifted so that it cuts nothing. TRL scores its batch
+of 8 at once, as it does by default; ours goes through in packs of at most 512 tokens. Our loss of the batch and TRL's
+`full_logits` one are compared too. The last line is JSON.
 """
 
 from __future__ import annotations
