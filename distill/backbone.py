@@ -36,8 +36,6 @@ class Backbone:
         slides = getattr(self.config, "sliding_window", None) is not None and not kinds
         if self.config._attn_implementation == "sdpa" and kinds <= {"full_attention"} and not slides:
             self.config._attn_implementation = IMPLEMENTATION
-            if check and self._difference() > self.tolerance:  # it keeps the layout from its attention layers
-                self.config._attn_implementation = "sdpa"
         if check:
             self._check()
 
@@ -92,6 +90,9 @@ class Backbone:
 
     def _check(self) -> None:
         difference = self._difference()
+        if not difference <= self.tolerance and self.config._attn_implementation == IMPLEMENTATION:
+            self.config._attn_implementation = "sdpa"  # it keeps the layout from its attention layers
+            difference = self._difference()
         if not difference <= self.tolerance:
             raise UnsupportedModelError(
                 f"{type(self._base).__name__}: its logits are not its output head applied to packed hidden states "
