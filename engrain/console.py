@@ -71,9 +71,14 @@ class ConsoleListener:
         self._bar(what, stats.episodes, stats.total, detail)
 
     def step(self, metrics: StepMetrics, total: int) -> None:
-        """Training steps done so far; after the first one, what its opening tokens say of the objective."""
-        if metrics.step == 1 and (advice := opening_advice(metrics)):
-            self.note(advice)
+        """Training steps done so far; after the first one, how near the untrained student was, or what stands in its
+        way."""
+        if metrics.step == 1:
+            near = (
+                f"before training, at the first token: the student gives the teacher's choice "
+                f"{metrics.student_mass:.1%}, the teacher gives the student's {metrics.teacher_mass:.1%}"
+            )
+            self.note(opening_advice(metrics) or near)
         detail = (
             f"divergence {metrics.divergence:.3f}, success {metrics.success:.2f}, "
             f"student's mass on teacher's first token {metrics.student_mass:.2f}"

@@ -206,14 +206,6 @@ class Round:
             return self.store.checkpoint(self.state["consolidate"]["checkpoint"])
         self._begin("consolidate", f"OPCD, {config.objective}, {config.steps} steps of {config.batch_size} episodes")
 
-        def on_step(metrics: StepMetrics) -> None:
-            if metrics.step == 1:
-                self.listener.note(
-                    f"before training, at the first token: the student gives the teacher's choice "
-                    f"{metrics.student_mass:.1%}, the teacher gives the student's {metrics.teacher_mass:.1%}"
-                )
-            self.listener.step(metrics, config.steps)
-
         def validate(sampler: TransformersEngine, step: int) -> float:
             name = f"validation/step-{step:06d}"
             episodes = self._play(name, held_out, engine=sampler, sampling=self.config.evaluation.sampling)
@@ -242,7 +234,7 @@ class Round:
                 config,
                 self.folder,
                 parent=self.parent,
-                on_step=on_step,
+                on_step=lambda metrics: self.listener.step(metrics, config.steps),
                 validate=validate,
                 on_episode=self._keep_training_episode,
                 track=self.track,
