@@ -7,25 +7,22 @@ come to the driver one by one, so the driver's store is the only one.
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import os
 import socket
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from agent.engines.base import Engine
-from agent.episode import Episode, SamplingParams, StopReason
+from agent.episode import Episode, StopReason
 from agent.errors import ClusterError, MissingPackageError
-from agent.game import Game, Plan
-from agent.renderer import Renderer
+from agent.options import BATCH, PlayOptions
+from agent.player import Item, Job, Player
 from agent.rollout import identified
-from agent.scheduler import MakeEnv, Scheduler
 from agent.stats import RolloutStats
 from envs.base import Task
 from envs.errors import EngrainError, UsageError
@@ -40,109 +37,6 @@ _CONNECT_SECONDS = 10.0
 _MOST_CALLS = 10_000  # under way in one player; the driver sends far fewer
 _SUMMED = ("requests", "sampled_tokens", "prompt_tokens", "cached_tokens", "later_prompt_tokens", "later_cached_tokens")
 _JOBS = itertools.count()
-
-
-@dataclass(frozen=True)
-class _Job:
-    """What all episodes of one `Cluster.play` share; travels to the players."""
-
-    number: int
-    sampling: SamplingParams
-    knowledge: str | None
-    knowledge_id: str | None
-    max_new: int | None
-    turn_seconds: float
-    episode_seconds: float | None
-    batch: int
-    threads: int
-    make_env: MakeEnv | None
-    checkpoint: Path | None
-    checkpoint_id: str | None
-
-
-@dataclass(eq=False)
-class _Item:
-    """One episode that is to be played."""
-
-    order: int
-    id: str
-    task: Task
-    sample: int
-    tries: int = 0
-
-
-class _Player:
-    """The actor: one engine in a thread of its own, and the scheduler of the job it has."""
-
-    def __init__(self, make_engine: Callable[[], Engine]) -> None:
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
-        self._making = self._thread.submit(make_engine)
-        self._number: int | None = None
-        self._scheduler: Scheduler | None = None
-        self._futures: dict[str, Future[Episode]] = {}
-        self._broken: BaseException | None = None
-
-    async def ready(self) -> None:
-        """Wait for the engine; raises what kept it from being made."""
-        await asyncio.wrap_future(self._making)
-
-    async def play(self, job: _Job, item: _Item) -> tuple[Episode, RolloutStats]:
-        """Play one episode beside the others; also what this player has done in this job so far."""
-        scheduler = self._start(job)
-        future = self._futures[item.id] = Future()
-        if self._broken is not None:  # looked up last: what breaks later finds the future there
-            raise self._broken
-        scheduler.add(Game(scheduler.plan, item.order, item.id, item.task, item.sample))
-        return await asyncio.wrap_future(future), replace(scheduler.stats)
-
-    async def give_up(self, job: _Job, item: _Item, why: str) -> tuple[Episode, RolloutStats]:
-        """The episode of a task that is not to be tried again."""
-        scheduler = self._start(job)
-        game = Game(scheduler.plan, item.order, item.id, item.task, item.sample)
-        return game.episode(StopReason.ERROR, why), replace(scheduler.stats)
-
-    def _start(self, job: _Job) -> Scheduler:
-        if self._scheduler is not None and self._number == job.number:
-            return self._scheduler
-        if self._scheduler is not None:
-            self._scheduler.stop()
-        engine = self._making.result()
-        plan = Plan(
-            engine,
-            Renderer(engine.tokenizer),
-            job.sampling,
-            job.knowledge,
-            job.knowledge_id,
-            job.max_new,
-            job.episode_seconds,
-        )
-        scheduler = Scheduler(
-            plan,
-            on_end=self._ended,
-            batch=job.batch,
-            threads=job.threads,
-            make_env=job.make_env,
-            turn_seconds=job.turn_seconds,
-        )
-        self._number, self._scheduler = job.number, scheduler
-        self._thread.submit(self._serve, scheduler, job)
-        return scheduler
-
-    def _serve(self, scheduler: Scheduler, job: _Job) -> None:
-        engine = scheduler.plan.engine
-        try:
-            if engine.checkpoint != job.checkpoint_id:
-                engine.load(job.checkpoint)
-                engine.checkpoint = job.checkpoint_id
-            scheduler.serve()
-        except BaseException as error:
-            self._broken = error
-            while self._futures:
-                self._futures.popitem()[1].set_exception(error)
-
-    def _ended(self, game: Game, episode: Episode) -> None:
-        if future := self._futures.pop(game.id, None):
-            future.set_result(episode)
 
 
 @dataclass(eq=False)
@@ -209,22 +103,11 @@ class Cluster:
         self,
         tasks: Sequence[Task],
         *,
-        sampling: SamplingParams,
-        namespace: str,
-        knowledge: str | None = None,
-        knowledge_id: str | None = None,
-        samples: int = 1,
-        max_tokens_per_episode: int | None = None,
-        turn_seconds: float = 120.0,
-        episode_seconds: float | None = None,
-        batch: int = 64,
-        workers: int = 8,
-        seed: int = 0,
-        make_env: MakeEnv | None = None,
         on_episode: Callable[[Episode], None] | None = None,
         progress: Callable[[RolloutStats], None] | None = None,
         stats: RolloutStats | None = None,
         skip: Collection[str] = (),
+        **options: Unpack[PlayOptions],
     ) -> list[Episode]:
         """`agent.rollout.play` by all players together: same arguments, same ids, same seeds, same result.
 
@@ -235,27 +118,16 @@ class Cluster:
             UsageError: the engine cannot be made, or the checkpoint not be loaded.
             ClusterError: the players keep failing, or there is no room for any.
         """
-        job = _Job(
-            number=next(_JOBS),
-            sampling=sampling.model_copy(update={"seed": seed}),
-            knowledge=knowledge,
-            knowledge_id=knowledge_id,
-            max_new=max_tokens_per_episode,
-            turn_seconds=turn_seconds,
-            episode_seconds=episode_seconds,
-            batch=batch,
-            threads=workers,
-            make_env=make_env,
-            checkpoint=self._folder,
-            checkpoint_id=self.checkpoint,
-        )
         items = [
-            _Item(order, identity, task, sample)
-            for order, (identity, task, sample) in enumerate(identified(tasks, namespace, samples))
+            Item(order, identity, task, sample)
+            for order, (identity, task, sample) in enumerate(
+                identified(tasks, options["namespace"], options.get("samples", 1))
+            )
             if identity not in skip
         ]
         stats = stats if stats is not None else RolloutStats()
         stats.total += len(items)
+        job = Job(next(_JOBS), options, self._folder, self.checkpoint)
         run = _Run(self, job, items, on_episode or (lambda episode: None), progress or (lambda stats: None), stats)
         return run.all()
 
@@ -276,7 +148,7 @@ class Cluster:
         """As many players as are wanted, running or being started."""
         while len(self._seats) + len(self._starting) < self._wanted:
             options = {"num_cpus": self._cpus, "num_gpus": self._gpus, "max_concurrency": _MOST_CALLS}
-            actor = self._ray.remote(_Player).options(scheduling_strategy="SPREAD", **options)
+            actor = self._ray.remote(Player).options(scheduling_strategy="SPREAD", **options)
             seat = _Seat(actor.remote(self._make_engine))
             self._starting[seat.actor.ready.remote()] = seat
 
@@ -326,8 +198,8 @@ class _Run:
     def __init__(
         self,
         cluster: Cluster,
-        job: _Job,
-        items: Sequence[_Item],
+        job: Job,
+        items: Sequence[Item],
         on_episode: Callable[[Episode], None],
         progress: Callable[[RolloutStats], None],
         stats: RolloutStats,
@@ -335,7 +207,7 @@ class _Run:
         self.cluster, self.ray, self.job = cluster, cluster._ray, job
         self.shared = self.ray.put(job)
         self.waiting = deque(items)
-        self.flying: dict[Any, tuple[_Seat, _Item]] = {}
+        self.flying: dict[Any, tuple[_Seat, Item]] = {}
         self.finished: dict[int, Episode] = {}
         self.seats: set[_Seat] = set()  # all that had a part in this
         self.on_episode, self.progress, self.stats = on_episode, progress, stats
@@ -379,7 +251,7 @@ class _Run:
             seat = min(seats, key=lambda seat: seat.outstanding)
             # A last try is played alone: who was only there when another task cost the player is not written off.
             last = self.waiting[0].tries == _TRIES - 1
-            if seat.outstanding >= (1 if last else 2 * self.job.batch):
+            if seat.outstanding >= (1 if last else 2 * self.job.options.get("batch", BATCH)):
                 return
             item = self.waiting.popleft()
             seat.alone = last

@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import gc
 import math
-import os
-import random
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from functools import cached_property
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -29,15 +26,9 @@ from agent.engines.base import Completion
 from agent.engines.folders import check_folder, check_weights, identity, is_adapter
 from agent.engines.lora import can_merge, merged
 from agent.engines.transformers import pick_device, pick_dtype
+from agent.engines.vllm_process import import_vllm, one_line, start, undisturbed
 from agent.episode import FinishReason, SamplingParams
-from agent.errors import (
-    CheckpointError,
-    ContextLengthError,
-    EngineFailedError,
-    MissingPackageError,
-    ModelLoadError,
-    vllm_missing,
-)
+from agent.errors import CheckpointError, ContextLengthError, EngineFailedError, ModelLoadError
 from agent.renderer import Renderer
 from envs.errors import EngrainError, UsageError
 
@@ -84,7 +75,7 @@ class VllmEngine:
         self.model = name
         self.checkpoint: str | None = None
         self._source = str(model)
-        self._vllm = _import_vllm()
+        self._vllm = import_vllm()
         on_cpu: bool = self._vllm.platforms.current_platform.is_cpu()  # there is a build for each
         device = pick_device("cpu" if on_cpu else "auto")
         self._dtype = pick_dtype(dtype, device)
@@ -110,11 +101,11 @@ class VllmEngine:
         if self._beside:
             arguments |= {"enable_lora": True, "max_lora_rank": lora_rank, "max_loras": 1, "max_cpu_loras": 4}
         try:
-            with _undisturbed():
-                self._engine: Any = _start(self._vllm.EngineArgs(**arguments))
+            with undisturbed():
+                self._engine: Any = start(self._vllm.EngineArgs(**arguments))
             self.tokenizer: Any = AutoTokenizer.from_pretrained(self._source, trust_remote_code=False)
         except Exception as error:  # vLLM raises what its many parts raise
-            raise ModelLoadError(f"vLLM cannot run {name} from {self._source}: {_one_line(error)}") from error
+            raise ModelLoadError(f"vLLM cannot run {name} from {self._source}: {one_line(error)}") from error
         self.renderer = Renderer(self.tokenizer)
         self._numbers = count()
         self._running: set[int] = set()
@@ -179,7 +170,7 @@ class VllmEngine:
         try:
             self._engine.add_request(str(number), request, self._params(sampling), lora_request=self._lora)
         except Exception as error:  # vLLM raises what its many parts raise
-            raise EngineFailedError(f"vLLM refuses a request to {self.model}: {_one_line(error)}") from error
+            raise EngineFailedError(f"vLLM refuses a request to {self.model}: {one_line(error)}") from error
         self._running.add(number)
         return number
 
@@ -240,7 +231,7 @@ class VllmEngine:
         except Exception as error:  # vLLM raises what its many parts raise
             self._weights = ""  # who knows what is in memory now
             self._use_weights(self._source)
-            raise CheckpointError(f"checkpoint {checkpoint} does not fit {self.model}: {_one_line(error)}") from error
+            raise CheckpointError(f"checkpoint {checkpoint} does not fit {self.model}: {one_line(error)}") from error
         if checkpoint is not None:
             self.checkpoint = identity(checkpoint)
 
@@ -310,7 +301,7 @@ class VllmEngine:
             outputs = self._engine.step()
         except Exception as error:  # vLLM raises what its many parts raise
             self._running.clear()
-            raise EngineFailedError(f"vLLM failed with {self.model}: {_one_line(error)}") from error
+            raise EngineFailedError(f"vLLM failed with {self.model}: {one_line(error)}") from error
         for output in outputs:
             number = int(output.request_id)
             if output.finished and number in self._running:
@@ -335,7 +326,7 @@ class VllmEngine:
         if folder == self._weights == self._source:
             return
         self._weights = folder
-        with _undisturbed():
+        with undisturbed():
             self._engine.collective_rpc("reload_weights", kwargs={"weights_path": folder})
         self._engine.reset_prefix_cache()
 
@@ -377,65 +368,6 @@ class VllmEngine:
         return self.renderer.stop_ids | frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos])
 
 
-def _import_vllm() -> Any:
-    """The vLLM package, imported without what it does to this process.
-
-    Raises:
-        MissingPackageError: it is not installed, or does not import.
-    """
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    try:
-        with _undisturbed():
-            import vllm
-            import vllm.lora.request
-            import vllm.platforms
-            import vllm.sampling_params
-            import vllm.v1.engine.llm_engine
-    except ImportError as error:
-        if error.name == "vllm":
-            raise vllm_missing() from None
-        raise MissingPackageError(f"vLLM does not import: {_one_line(error)}") from error
-    except RuntimeError as error:  # torchvision of another build, for one
-        raise MissingPackageError(f"vLLM does not import: {_one_line(error)}") from error
-    return vllm
-
-
-def _start(arguments: Any) -> Any:
-    """An engine whose core runs in this process."""
-    from vllm.v1.engine.llm_engine import LLMEngine
-
-    before = os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING")
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    try:
-        return LLMEngine.from_engine_args(arguments)
-    finally:
-        del os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"]
-        if before is not None:
-            os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = before
-
-
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Take back what vLLM does to the process around it.
-
-    It seeds all random numbers, replaces `torch.set_num_threads`, and wants libraries loaded into every process that is
-    started later.
-    """
-    preload, set_num_threads = os.environ.get("LD_PRELOAD"), torch.set_num_threads
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try:
-        yield
-    finally:
-        torch.set_num_threads = set_num_threads
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
-        os.environ.pop("LD_PRELOAD", None)
-        if preload is not None:
-            os.environ["LD_PRELOAD"] = preload
-
-
 def _save_merged(network: Any, folder: str) -> None:
     """Save the base model as it is now, its LoRA layers left out."""
     base = network.get_base_model()
@@ -443,7 +375,3 @@ def _save_merged(network: Any, folder: str) -> None:
         name.replace(".base_layer.", "."): tensor for name, tensor in base.state_dict().items() if ".lora_" not in name
     }
     base.save_pretrained(folder, state_dict=state)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
