@@ -104,7 +104,9 @@ class DistillConfig(BaseModel):
                 f"{self.on_policy_fraction:g} of a batch of {self.batch_size} leaves nothing to mix; use a larger batch"
             )
         if self.save_every % self.sync_every:  # a resumed run must sample from the weights an unbroken one would
-            raise DistillConfigError(f"save_every {self.save_every} is no multiple of sync_every {self.sync_every}")
+            raise DistillConfigError(
+                f"save_every {self.save_every} is no multiple of sync_every {self.sync_every}: change either"
+            )
         return self
 
     @property

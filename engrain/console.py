@@ -83,6 +83,8 @@ class ConsoleListener:
             f"divergence {metrics.divergence:.3f}, success {metrics.success:.2f}, "
             f"student's mass on teacher's first token {metrics.student_mass:.2f}"
         )
+        if metrics.staleness:
+            detail += f", samples {metrics.staleness} steps old"
         self._bar("steps", metrics.step, total, detail)
 
     def _bar(self, what: str, done: int, total: int, detail: str) -> None:

@@ -7,12 +7,13 @@ alone does all the rest of a command, and the others `join` it, train what it tr
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from agent.engines.base import Engine
+from agent.engines.base import Engine, asleep
 from agent.engines.transformers import TransformersEngine
 from agent.episode import Episode
 from distill.adapters import continue_lora
@@ -79,7 +80,8 @@ def consolidate(
         on_episode: told every episode that is played for training.
         teacher: a second model that teaches, the one that `config.teacher` names.
         episodes: stored ones, whose replies the student gives anew; nothing is played on policy then.
-        sampler: another engine that samples for the student, refreshed every `config.sync_every` steps.
+        sampler: another engine that samples for the student, refreshed every `config.sync_every` steps. It sleeps
+            in between where it can.
         track: names of trackers to log to (`distill.trackers`); no part of what the run is.
 
     Of several processes the main one's arguments hold, and only its callbacks are called; `engine`, `teacher` and
@@ -105,7 +107,8 @@ def consolidate(
     if teacher is not None:
         check_vocabulary(engine.tokenizer, teacher.tokenizer)
     job = from_main(lambda: _Job(tasks, knowledge, config, folder, parent, episodes, sampler is not None))
-    return _train(engine, job, teacher, sampler, validate, on_step, on_episode, track)
+    with nullcontext() if sampler is None else asleep(sampler):
+        return _train(engine, job, teacher, sampler, validate, on_step, on_episode, track)
 
 
 def join(engine: TransformersEngine, teacher: TransformersEngine | None = None) -> None:
@@ -150,19 +153,20 @@ def _train(
     student = continue_lora(engine.network, config.lora, config.seed, start, config.teacher_kind)
     try:
         own = TransformersEngine.wrap(student, engine.tokenizer, name=engine.model)
-        source = _source(own, job, on_episode, teacher, sampler)
 
-        def mark(step: int) -> None:
-            """Episodes say which weights played them."""
-            own.checkpoint = f"{folder.name}@{step}" if step else (parent.id if parent else None)
+        def named(step: int) -> str | None:
+            """What episodes call the weights of a step."""
+            return f"{folder.name}@{step}" if step else (parent.id if parent else None)
+
+        source = _source(own, job, on_episode, teacher, sampler, named)
 
         def sample(step: int) -> Batch:
-            mark(step)
+            own.checkpoint = named(step)
             return source(step)
 
         def score(step: int) -> float:
             assert validate is not None  # noqa: S101 - the main process's own
-            mark(step)
+            own.checkpoint = named(step)
             return validate(own, step)
 
         trainer = Trainer(
@@ -201,6 +205,7 @@ def _source(
     on_episode: Callable[[Episode], None] | None,
     teacher: TransformersEngine | None,
     sampler: Engine | None,
+    named: Callable[[int], str | None],
 ) -> Source:
     """The samples that `config.method` asks for."""
     tasks, knowledge, config, folder, episodes = job.tasks, job.knowledge, job.config, job.folder, job.episodes
@@ -231,7 +236,9 @@ def _source(
                 on_episode=on_episode,
             )
         sources.append(
-            source if sampler is None else RefreshedSource(source, sampler, own.network, folder, config.sync_every)
+            source
+            if sampler is None
+            else RefreshedSource(source, sampler, own.network, folder, config.sync_every, named)
         )
     if by_student < config.batch_size:
         sources.append(

@@ -20,6 +20,7 @@ LOGGER = "engrain"
 _EVERY = 30.0  # seconds between two lines about episodes under way
 _STEP_FIELDS = {
     "step", "loss", "divergence", "student_entropy", "response_tokens", "success", "grad_norm", "tokens_per_second",
+    "staleness",
 }  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
+from agent.cluster import Cluster
 from agent.engines.base import Engine, asleep
 from agent.engines.transformers import TransformersEngine
 from agent.episode import Episode
@@ -77,7 +78,10 @@ class Round:
         listener: is told what happens.
         open_coach: opens the model that `config.extract.coach` names; it is closed when the episodes are read.
         sampler: another engine of the same model, that plays and reads in place of `engine`; it sleeps during
-            training where it can. What training itself samples comes from the weights being trained.
+            training where it can.
+        synced: what training itself samples comes from `sampler` too, which gets the weights being trained every
+            `config.distill.sync_every` steps. Otherwise it comes from these weights themselves.
+        players: a cluster that plays in place of `engine` or `sampler`; these still read, and sample for training.
         track: names of trackers that training logs to.
     """
 
@@ -91,9 +95,13 @@ class Round:
         listener: Listener,
         open_coach: Callable[[str], AbstractContextManager[Engine]] = open_coach,
         sampler: Engine | None = None,
+        synced: bool = False,
+        players: Cluster | None = None,
         track: Sequence[str] = (),
     ) -> None:
         self.sampler: Engine = sampler or engine
+        self.player: Engine | Cluster = players or self.sampler
+        self.synced = synced
         self.store, self.engine, self.config, self.record = store, engine, config, record
         self.folder, self.listener, self.open_coach = folder, listener, open_coach
         self.tasks, self.track = RoundTasks.draw(config), track
@@ -121,7 +129,7 @@ class Round:
         """Training tasks, played by the current checkpoint without knowledge."""
         tasks = self.tasks.play
         self._begin("play", f"{len(tasks)} training tasks of {self.config.world.env}, no knowledge")
-        self._load(self.parent)
+        self._load(self.parent, self.player)
         episodes = self._play("play", tasks, sampling=self.config.play.sampling)
         self.listener.note(f"{sum(e.success for e in episodes)} of {len(episodes)} solved")
         return episodes
@@ -135,7 +143,7 @@ class Round:
         reader = redact(settings.coach) if settings.coach else "the model"
         self._begin("extract", f"{reader} reads {len(chosen)} of its episodes ({settings.mode})")
         if settings.coach is None:
-            self._load(self.parent)
+            self._load(self.parent, self.sampler)
         with self.open_coach(settings.coach) if settings.coach else nullcontext(self.sampler) as engine:
             extractions = Extractor(engine, settings.mode).extract(chosen, self.config.seed)
         for extraction in extractions:
@@ -174,7 +182,7 @@ class Round:
             self._begin(
                 "select", f"up to {settings.candidates} candidates on {len(tasks)} validation tasks, in context"
             )
-            self._load(self.parent)
+            self._load(self.parent, self.player)
             bare = self._evaluate("validation/bare", tasks)
             self.listener.note(f"bare {bare.accuracy:.2f}")
             weighed = weigh(
@@ -226,7 +234,7 @@ class Round:
                 config=config.model_dump(mode="json"),
             )
         )
-        with asleep(self.sampler):
+        with nullcontext() if self.synced else asleep(self.sampler):
             fit = consolidate(
                 self.engine,
                 self.tasks.pool,
@@ -237,6 +245,7 @@ class Round:
                 on_step=lambda metrics: self.listener.step(metrics, config.steps),
                 validate=validate,
                 on_episode=self._keep_training_episode,
+                sampler=self.sampler if self.synced else None,
                 track=self.track,
             )
         if fit.stopped:
@@ -276,12 +285,12 @@ class Round:
         """Bare, in context and distilled on test tasks; before and after on other worlds; promote or reject."""
         tasks, others = self.tasks.test, self.tasks.ood
         self._begin("judge", f"{len(tasks)} test tasks never seen before, and {len(others)} other worlds")
-        self._load(self.parent)
+        self._load(self.parent, self.player)
         bare = self._evaluate("test/bare", tasks)
         in_context = self._evaluate("test/in_context", tasks, knowledge)
         before = {name: self._evaluate(f"ood/before/{name}", other) for name, other in others.items()}
         between = {name: self._evaluate(f"ood/in_context/{name}", other, knowledge) for name, other in others.items()}
-        self._load(checkpoint)
+        self._load(checkpoint, self.player)
         distilled = self._evaluate("test/distilled", tasks, checkpoint=checkpoint)
         after = {
             name: self._evaluate(f"ood/after/{name}", other, checkpoint=checkpoint) for name, other in others.items()
@@ -346,11 +355,11 @@ class Round:
         identity = self.state["parent"]
         return self.store.checkpoint(identity) if identity else None
 
-    def _load(self, checkpoint: CheckpointRecord | None) -> None:
+    def _load(self, checkpoint: CheckpointRecord | None, engine: Engine | Cluster) -> None:
         wanted = checkpoint.id if checkpoint else None
-        if self.sampler.checkpoint != wanted:
-            self.sampler.load(Path(checkpoint.path) if checkpoint else None)
-            self.sampler.checkpoint = wanted
+        if engine.checkpoint != wanted:
+            engine.load(Path(checkpoint.path) if checkpoint else None)
+            engine.checkpoint = wanted
 
     def _play(
         self,
@@ -364,7 +373,7 @@ class Round:
         episodes = play_stored(
             self.store,
             tasks,
-            engine or self.sampler,
+            engine or self.player,
             sampling=sampling,
             namespace=f"{self.record.id}/{name}/{knowledge.id if knowledge else ''}",
             stage=name,

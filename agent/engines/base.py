@@ -117,3 +117,16 @@ def asleep(engine: Engine) -> Iterator[None]:
         yield
     finally:
         engine.wake()  # type: ignore[attr-defined]
+
+
+@contextmanager
+def awake(engine: Engine) -> Iterator[None]:
+    """A time within `asleep` in which the engine may be asked."""
+    if not getattr(engine, "can_sleep", False):
+        yield
+        return
+    engine.wake()  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        engine.sleep()  # type: ignore[attr-defined]

@@ -49,6 +49,9 @@ BaseUrlOption = Annotated[
     list[str] | None,
     typer.Option("--base-url", metavar="URL", help="Sample on this OpenAI-compatible server; give several to share."),
 ]
+RayOption = Annotated[
+    str | None, typer.Option("--ray", metavar="ADDRESS|local", help="Play on this Ray cluster, or one started here.")
+]
 SeedOption = Annotated[
     int, typer.Option("--seed", min=0, max=2**63 - 1, help="Fixes tasks, sampling and initial weights.")
 ]
@@ -56,7 +59,17 @@ StoreOption = Annotated[
     str | None, typer.Option("--store", envvar="ENGRAIN_STORE", help="Store: a file or a postgresql:// URL.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+SyncOption = Annotated[
+    int | None,
+    typer.Option(
+        "--sync-every",
+        min=0,
+        metavar="STEPS",
+        help="Training samples with --engine or --base-url too, which gets the weights so often; 0: it does not.",
+    ),
+]
 DEFAULT_MODEL = "qwen2.5-coder-0.5b"
+SAMPLER_SHARE = 0.45  # of a GPU's memory, while training and sampling share it
 
 
 def world_options(given: Sequence[str] | None) -> dict[str, str]:
@@ -101,6 +114,25 @@ def open_engine(model: str) -> Iterator[TransformersEngine]:
         yield engine
     finally:
         engine.close()
+
+
+def check_engines(
+    engine: EngineName, base_urls: Sequence[str] | None, *, ray: str | None = None, sync_every: int | None = None
+) -> None:
+    """Refuse what cannot sample together, before anything is opened.
+
+    Raises:
+        UsageError: servers beside a cluster; or `sync_every` without another engine that the weights could go to.
+    """
+    if ray is not None and base_urls:
+        raise UsageError("--ray plays with engines of its own: leave out --base-url")
+    if ray is not None and sync_every:
+        raise UsageError("--ray plays, but does not sample for training: leave out --sync-every")
+    if sync_every and engine is EngineName.TRANSFORMERS and not base_urls:
+        raise UsageError(
+            f"--sync-every {sync_every} is for samples of another engine: add --engine vllm or --base-url, "
+            "or leave it out"
+        )
 
 
 @contextmanager
@@ -148,8 +180,10 @@ def open_sampler(
         sampler.close()
 
 
-def open_players(model: str, address: str, engine: EngineName) -> Cluster:
+def open_players(model: str, address: str, engine: EngineName, *, memory_share: float = 0.9) -> Cluster:
     """Players on the Ray cluster named on the command line; closed at the end of a `with`.
+
+    `memory_share` is what vLLM may take of each player's GPU.
 
     Raises:
         UsageError: Ray is not installed, or there is no cluster there.
@@ -159,7 +193,7 @@ def open_players(model: str, address: str, engine: EngineName) -> Cluster:
     from engrain.players import open_cluster
 
     with Console(stderr=True).status("connecting to Ray …"):
-        return open_cluster(model, address, vllm=engine is EngineName.VLLM)
+        return open_cluster(model, address, vllm=engine is EngineName.VLLM, memory_share=memory_share)
 
 
 @contextmanager

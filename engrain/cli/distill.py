@@ -14,6 +14,10 @@ from rich.console import Console
 from agent.episode import Episode, SamplingParams
 from engrain.cli.common import (
     DEFAULT_MODEL,
+    SAMPLER_SHARE,
+    BaseUrlOption,
+    EngineName,
+    EngineOption,
     EnvArgument,
     JsonOption,
     ModelOption,
@@ -21,9 +25,11 @@ from engrain.cli.common import (
     SeedOption,
     StoreOption,
     by_number,
+    check_engines,
     find_checkpoint,
     find_knowledge,
     open_engine,
+    open_sampler,
     open_store,
     world_options,
 )
@@ -76,6 +82,14 @@ def command(
     temperature: Annotated[float, typer.Option(min=0.0, help="Of the student's samples.")] = 1.0,
     max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens a turn.")] = 256,
     save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 10,
+    engine: EngineOption = EngineName.TRANSFORMERS,
+    base_url: BaseUrlOption = None,
+    sync_every: Annotated[
+        int | None,
+        typer.Option(
+            "--sync-every", min=1, metavar="STEPS", help="How often --engine or --base-url get the weights. Default: 1."
+        ),
+    ] = None,
     seed: SeedOption = 0,
     store: StoreOption = None,
     track: TrackOption = None,
@@ -92,6 +106,7 @@ def command(
     picked = {"--round": round_, "--stage": stage, "--solved/--failed": success}
     if not from_episodes and (needless := [name for name, value in picked.items() if value is not None]):
         raise UsageError(f"{needless[0]} picks stored episodes: add --from-episodes, or leave it out")
+    check_engines(engine, base_url, sync_every=sync_every)
     if on_policy_fraction is not None and method != "mixed":
         raise UsageError(f"--on-policy-fraction {on_policy_fraction:g} is for --method mixed, not {method}")
     config = DistillConfig.model_validate(
@@ -108,13 +123,16 @@ def command(
             "lora": LoraSettings(rank=rank, alpha=2 * rank),
             "sampling": SamplingParams(temperature=temperature, max_tokens=max_tokens),
             "save_every": save_every,
+            **({} if sync_every is None else {"sync_every": sync_every}),
             "seed": seed,
         }
     )
     if joined(model, teacher, track):
         return
-    if from_episodes and not config.on_policy_samples:
-        raise UsageError(f"--from-episodes is for what the student samples, and with --method {method} it samples none")
+    elsewhere = bool(base_url) or engine is not EngineName.TRANSFORMERS
+    for name, given in (("--from-episodes is", from_episodes), ("--engine and --base-url are", elsewhere)):
+        if given and not config.on_policy_samples:
+            raise UsageError(f"{name} for what the student samples, and with --method {method} it samples none")
     played = not from_episodes or config.on_policy_samples < batch_size  # whether an env is needed to train
     world = registry.world(env, world_options(option)) if played or validation else None
     pool = world.tasks(Split.TRAIN, tasks, seed) if world and played else []
@@ -126,7 +144,12 @@ def command(
         _claim(out, env, pool, held_out, start.id if start else None, stored)
         with (
             open_engine(teacher) if teacher else nullcontext() as other,
-            open_engine(model) as engine,
+            open_engine(model) as trained,
+            (
+                open_sampler(model, engine, base_url, trainable=True, memory_share=SAMPLER_SHARE)
+                if elsewhere
+                else nullcontext()
+            ) as other_sampler,
             ConsoleListener(Console(stderr=True), quiet=as_json) as listener,
         ):
 
@@ -140,7 +163,7 @@ def command(
             what = "episodes" if stored is None else f"replies in {len(stored)} stored episodes"
             listener.stage("consolidate", f"{method}, {config.objective}, {steps} steps of {batch_size} {what}")
             fit = consolidate(
-                engine,
+                trained,
                 pool,
                 text,
                 config,
@@ -149,6 +172,7 @@ def command(
                 on_step=lambda metrics: listener.step(metrics, steps),
                 validate=validate if held_out else None,
                 teacher=other,
+                sampler=other_sampler,
                 track=track or (),
                 episodes=stored,
             )

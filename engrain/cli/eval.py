@@ -19,8 +19,10 @@ from engrain.cli.common import (
     JsonOption,
     ModelOption,
     OptionsOption,
+    RayOption,
     SeedOption,
     StoreOption,
+    check_engines,
     find_checkpoint,
     find_knowledge,
     fingerprint,
@@ -31,7 +33,6 @@ from engrain.cli.common import (
     world_options,
 )
 from envs.base import Split
-from envs.errors import UsageError
 from memory.records import CheckpointRecord, EvaluationRecord, Knowledge
 
 
@@ -51,10 +52,7 @@ def command(
     admissible: AdmissibleOption = False,
     engine: EngineOption = EngineName.TRANSFORMERS,
     base_url: BaseUrlOption = None,
-    ray: Annotated[
-        str | None,
-        typer.Option("--ray", metavar="ADDRESS|local", help="Play on this Ray cluster, or one started here."),
-    ] = None,
+    ray: RayOption = None,
     seed: SeedOption = 0,
     store: StoreOption = None,
     as_json: JsonOption = False,
@@ -66,8 +64,7 @@ def command(
     from engrain.gate import paired_gain
     from envs import registry
 
-    if ray is not None and base_url:
-        raise UsageError("--ray plays with engines of its own: leave out --base-url")
+    check_engines(engine, base_url, ray=ray)
     chosen = registry.world(env, world_options(option)).tasks(split, tasks, seed)
     sampling = SamplingParams(temperature=temperature, max_tokens=max_tokens, admissible_only=admissible)
     records: dict[str, EvaluationRecord] = {}

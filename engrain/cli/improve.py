@@ -14,14 +14,19 @@ from rich.console import Console
 from engrain.cli.checkpoints import BudgetOption, KeepOption
 from engrain.cli.common import (
     DEFAULT_MODEL,
+    SAMPLER_SHARE,
     BaseUrlOption,
     EngineName,
     EngineOption,
     JsonOption,
     OptionsOption,
+    RayOption,
     SeedOption,
     StoreOption,
+    SyncOption,
+    check_engines,
     open_engine,
+    open_players,
     open_sampler,
     open_store,
 )
@@ -33,8 +38,6 @@ from envs.errors import UsageError
 if TYPE_CHECKING:
     from engrain.config import ImproveConfig
     from engrain.rounds import RoundResult
-
-_SAMPLER_SHARE = 0.45  # of a GPU's memory, while training and sampling share it
 
 
 def command(
@@ -66,6 +69,8 @@ def command(
     test_tasks: Annotated[int | None, typer.Option(min=1, help="Held-out tasks that judge the result.")] = None,
     engine: EngineOption = EngineName.TRANSFORMERS,
     base_url: BaseUrlOption = None,
+    ray: RayOption = None,
+    sync_every: SyncOption = None,
     seed: SeedOption = 0,
     forever: Annotated[bool, typer.Option("--forever", help="Round after round, each on new tasks.")] = False,
     every: Annotated[
@@ -117,6 +122,7 @@ def command(
         raise UsageError("--demo has a world of its own: leave out -o, or name a world instead of --demo")
     if not forever and (every or min_episodes or disk_budget):
         raise UsageError("--every, --min-episodes and --disk-budget belong to --forever: add it, or leave them out")
+    check_engines(engine, base_url, ray=ray, sync_every=sync_every)
     if forever and out is not None:
         raise UsageError("--out is one round's folder: leave it out with --forever, every round has its own")
     if config is not None:
@@ -130,6 +136,7 @@ def command(
         settings["evaluation"]["ood"] = [{**world, "split": "ood"}]
         settings["distill"]["seed"] = seed
     _override(settings, objective=objective, steps=steps, batch_size=batch_size, learning_rate=learning_rate)
+    _override(settings, sync_every=sync_every or None)
     settings["extract"] |= {k: v for k, v in (("mode", extraction), ("coach", coach)) if v is not None}
     if max_tokens is not None:
         for part in (settings["play"], settings["evaluation"], settings["distill"]):
@@ -172,10 +179,13 @@ def command(
         if memory.unfinished_round(chosen.model):  # one of other settings is said before a model is loaded
             open_round(memory, Series.of(memory, chosen).next if forever else chosen, fresh=fresh)
             fresh = False
-        trained, sampler = stack.enter_context(open_engine(chosen.model)), None
-        if base_url or engine is not EngineName.TRANSFORMERS:
+        trained, sampler, players = stack.enter_context(open_engine(chosen.model)), None, None
+        if ray is not None:
+            share = SAMPLER_SHARE if ray == "local" else 0.9
+            players = stack.enter_context(open_players(chosen.model, ray, engine, memory_share=share))
+        elif base_url or engine is not EngineName.TRANSFORMERS:
             sampler = stack.enter_context(
-                open_sampler(chosen.model, engine, base_url, trainable=True, memory_share=_SAMPLER_SHARE)
+                open_sampler(chosen.model, engine, base_url, trainable=True, memory_share=SAMPLER_SHARE)
             )
         stop = stack.enter_context(stopping())
         checks.append(stop.check)
@@ -186,7 +196,18 @@ def command(
             told.begin(record)
             folder = runs_dir() / f"round-{record.id}"
             listener = told.listener(check)
-            result = Round(memory, trained, wanted, record, folder, listener, sampler=sampler, track=track or ()).run()
+            result = Round(
+                memory,
+                trained,
+                wanted,
+                record,
+                folder,
+                listener,
+                sampler=sampler,
+                synced=bool(sync_every),
+                players=players,
+                track=track or (),
+            ).run()
             told.end(result)
             target = out or folder
             report = write(result, wanted, target)

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from agent.engines.transformers import TransformersEngine
-from agent.episode import SamplingParams
+from agent.episode import Episode, SamplingParams
 from agent.rollout import play
 from distill.checkpoint import Manifest, read_manifest
 from distill.config import DistillConfig, LoraSettings
@@ -69,9 +69,11 @@ def test_another_engine_samples_and_is_as_stale_as_asked(
     engine, tasks, tiny_model, tiny_tokenizer, tmp_path: Path
 ) -> None:
     other = TransformersEngine(tiny_model(), tiny_tokenizer, name="tiny", dtype="float32")
-    fit = consolidate(engine, tasks, KNOWLEDGE, config(sync_every=2), tmp_path, sampler=other)
-    assert [m.staleness for m in fit.history] == [0, 1]
-    assert other.checkpoint == "sync-000000"
+    episodes: list[Episode] = []
+    settings = config(steps=3, save_every=4, sync_every=2)
+    fit = consolidate(engine, tasks, KNOWLEDGE, settings, tmp_path, sampler=other, on_episode=episodes.append)
+    assert [m.staleness for m in fit.history] == [0, 1, 0]
+    assert [e.checkpoint for e in episodes] == [None] * 4 + [f"{tmp_path.name}@2"] * 2
 
 
 def test_a_second_model_teaches_if_it_is_the_one_named(

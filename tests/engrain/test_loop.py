@@ -7,13 +7,15 @@ real models learn is the demo's to show.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 
+from agent.cluster import Cluster
 from agent.engines.transformers import TransformersEngine
 from agent.episode import Message, SamplingParams
 from agent.renderer import Renderer
+from agent.rollout import play
 from distill.config import DistillConfig, LoraSettings
 from distill.monitor import GuardConfig
 from engrain.config import EvaluationConfig, ExtractConfig, ImproveConfig, OodSpec, PlayConfig, WorldSpec
@@ -147,14 +149,14 @@ def run(tiny_model, tiny_tokenizer, config, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Extractor, "extract", wrote)
 
-    def go(name: str, listener: Recorder, sampler: Any = None, **changed: Any):
+    def go(name: str, listener: Recorder, engines: Any = None, **changed: Any):
         settings = config.model_copy(update=changed)
         with (
             Store.open(str(tmp_path / f"{name}.db")) as store,
             TransformersEngineClosing(model(), tiny_tokenizer) as engine,
         ):
             record = open_round(store, settings)
-            return Round(store, engine, settings, record, tmp_path / name, listener, sampler=sampler).run(), settings
+            return Round(store, engine, settings, record, tmp_path / name, listener, **engines or {}).run(), settings
 
     return go
 
@@ -232,36 +234,84 @@ def unbroken():
     return get
 
 
-def test_another_engine_plays_and_sleeps_during_training(run, tmp_path, unbroken, tiny_model, tiny_tokenizer) -> None:
-    class Sampler(TransformersEngine):
-        can_sleep = True
-        did: ClassVar[list[str]] = []
+class Sampler(TransformersEngine):
+    """An engine that sleeps, and notes what it does."""
 
-        def sleep(self) -> None:
-            self.did.append("sleep")
+    can_sleep = True
 
-        def wake(self) -> None:
-            self.did.append("wake")
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        self.did: list[str] = []
+        super().__init__(*arguments, **named)
 
-        def load(self, checkpoint: Any) -> None:
-            self.did.append("load")
-            super().load(checkpoint)
+    def sleep(self) -> None:
+        self.did.append("sleep")
 
-        def generate(self, prompts: Any, sampling: Any) -> Any:
-            assert self.did.count("sleep") == self.did.count("wake"), "asked while it sleeps"
-            self.did.append("generate")
-            return super().generate(prompts, sampling)
+    def wake(self) -> None:
+        self.did.append("wake")
 
-    sampler = Sampler(tiny_model(initializer_range=0.2), tiny_tokenizer, name="tiny")
-    run("sampled", Recorder(), sampler)
-    sampler.close()
-    asleep = Sampler.did.index("sleep")
-    assert Sampler.did[asleep + 1] == "wake"  # training asks its own engine
-    before, after = Sampler.did[:asleep], Sampler.did[asleep + 2 :]
+    def load(self, checkpoint: Any) -> None:
+        assert self.did.count("sleep") == self.did.count("wake"), "loads while it sleeps"
+        self.did.append("load")
+        super().load(checkpoint)
+
+    def generate(self, prompts: Any, sampling: Any) -> Any:
+        assert self.did.count("sleep") == self.did.count("wake"), "asked while it sleeps"
+        self.did.append("generate")
+        return super().generate(prompts, sampling)
+
+
+@pytest.fixture
+def sampler(tiny_model, tiny_tokenizer):
+    engine = Sampler(tiny_model(initializer_range=0.2), tiny_tokenizer, name="tiny")
+    yield engine
+    engine.close()
+
+
+def test_another_engine_plays_and_sleeps_during_training(run, tmp_path, unbroken, sampler) -> None:
+    run("sampled", Recorder(), {"sampler": sampler})
+    asleep = sampler.did.index("sleep")
+    assert sampler.did[asleep + 1] == "wake"  # training asks its own engine
+    before, after = sampler.did[:asleep], sampler.did[asleep + 2 :]
     assert "generate" in before
     assert "generate" in after
     assert "load" in after  # the new checkpoint
     assert books(tmp_path / "sampled.db") == unbroken(run, tmp_path)
+
+
+def test_training_samples_from_another_engine_that_gets_the_weights(run, tmp_path, unbroken, sampler, config) -> None:
+    distill = config.distill.model_copy(update={"sync_every": 2})
+    result, _ = run("synced", Recorder(), {"sampler": sampler, "synced": True}, distill=distill)
+    assert [metrics.staleness for metrics in result.history] == [0, 1, 0, 1]
+    step, sync = ["wake", "generate", "sleep"], ["wake", "load", "generate", "sleep"]
+    asleep = sampler.did.index("sleep")
+    assert sampler.did[asleep + 1 :][:15] == [*sync, *step, *sync, *step, "wake"]  # awake only to sample
+    with Store.open(str(tmp_path / "synced.db")) as store:
+        played = [row.checkpoint for row in store.episode_rows(stage="train")]
+        assert sorted(played, key=str) == [None] * 8 + ["synced@2"] * 8
+    run("fresh", Recorder(), {"sampler": sampler, "synced": True})  # refreshed at every step
+    assert books(tmp_path / "fresh.db") == unbroken(run, tmp_path)
+
+
+class Here(Cluster):
+    """Players that are in this process: what a cluster does with its arguments, without one."""
+
+    def __init__(self, engine: TransformersEngine) -> None:
+        self.engine, self.stages, self.checkpoint = engine, [], None
+
+    def load(self, checkpoint: Any) -> None:
+        self.engine.load(checkpoint)
+
+    def play(self, tasks: Any, **options: Any) -> Any:
+        self.stages.append(options["namespace"].split("/")[1])
+        self.engine.checkpoint = self.checkpoint
+        return play(tasks, self.engine, lockstep=True, **options)
+
+
+def test_players_on_a_cluster_write_the_same_books(run, tmp_path, unbroken, sampler) -> None:
+    players = Here(sampler)
+    run("spread", Recorder(), {"players": players})
+    assert {"play", "validation", "test", "ood"} <= set(players.stages)
+    assert books(tmp_path / "spread.db") == unbroken(run, tmp_path)
 
 
 CUTS = [("stage", n) for n in range(1, 7)] + [
