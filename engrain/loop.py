@@ -83,6 +83,8 @@ class Round:
             `config.distill.sync_every` steps. Otherwise it comes from these weights themselves.
         players: a cluster that plays in place of `engine` or `sampler`; these still read, and sample for training.
         track: names of trackers that training logs to.
+        on_result: told the result just before the round counts as over, for what must not be missing then; told
+            again if the process is killed over it.
     """
 
     def __init__(
@@ -98,13 +100,14 @@ class Round:
         synced: bool = False,
         players: Cluster | None = None,
         track: Sequence[str] = (),
+        on_result: Callable[[RoundResult], object] = lambda result: None,
     ) -> None:
         self.sampler: Engine = sampler or engine
         self.player: Engine | Cluster = players or self.sampler
         self.synced = synced
         self.store, self.engine, self.config, self.record = store, engine, config, record
         self.folder, self.listener, self.open_coach = folder, listener, open_coach
-        self.tasks, self.track = RoundTasks.draw(config), track
+        self.tasks, self.track, self.on_result = RoundTasks.draw(config), track, on_result
         self.state: dict[str, Any] = dict(record.state)
         self._started = time.monotonic() - float(self.state.get("seconds", 0.0))
         self.parent = self._parent()
@@ -303,10 +306,10 @@ class Round:
             ood_margin=self.config.evaluation.ood_margin,
         )
         if verdict.promoted:
-            self.store.promote(checkpoint.id, why=verdict.reason)
+            self._decide(checkpoint, CheckpointStatus.PROMOTED, verdict.reason)
             self._absorb(knowledge, gap, checkpoint)
         else:
-            self.store.set_checkpoint_status(checkpoint.id, CheckpointStatus.REJECTED, "engrain", verdict.reason)
+            self._decide(checkpoint, CheckpointStatus.REJECTED, verdict.reason)
         return self._finish(
             RoundStatus.FINISHED,
             verdict.reason,
@@ -319,6 +322,12 @@ class Round:
         )
 
     # -- what the stages share ----------------------------------------------------------------------------------
+
+    def _decide(self, checkpoint: CheckpointRecord, status: CheckpointStatus, reason: str) -> None:
+        """Promote or reject, once: what a person did to the checkpoint since then stays."""
+        why = f"round {self.record.number}: {reason}"
+        if all(event.why != why for event in self.store.events(subject=checkpoint.id)):
+            self.store.set_checkpoint_status(checkpoint.id, status, "engrain", why)
 
     def _absorb(self, knowledge: Knowledge, gap: Gain, checkpoint: CheckpointRecord) -> None:
         """Retire the items of a knowledge whose gap has closed: the weights know it now."""
@@ -425,9 +434,8 @@ class Round:
     def _finish(self, status: RoundStatus, reason: str, **found: Any) -> RoundResult:
         trained = self.state.get("consolidate", {})
         self._done("finished", True)
-        self.record = self.store.update_round(self.record.id, status=status, verdict=reason)
-        return RoundResult(
-            round=self.record,
+        result = RoundResult(
+            round=self.record.model_copy(update={"status": status.value, "verdict": reason}),
             status=status.value,
             reason=reason,
             validation={int(step): score for step, score in trained.get("validation", {}).items()},
@@ -435,3 +443,6 @@ class Round:
             seconds=self.state["seconds"],
             **found,
         )
+        self.on_result(result)
+        self.record = self.store.update_round(self.record.id, status=status, verdict=reason)
+        return result

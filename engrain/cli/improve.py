@@ -195,7 +195,7 @@ def command(
             record = open_round(memory, wanted, fresh=fresh)
             told.begin(record)
             folder = runs_dir() / f"round-{record.id}"
-            listener = told.listener(check)
+            listener, target = told.listener(check), out or folder
             result = Round(
                 memory,
                 trained,
@@ -207,11 +207,10 @@ def command(
                 synced=bool(sync_every),
                 players=players,
                 track=track or (),
+                on_result=lambda found: write(found, wanted, target),
             ).run()
             told.end(result)
-            target = out or folder
-            report = write(result, wanted, target)
-            places = {"report": report, "curve": target / "curve.png", "weights": folder}
+            places = {"report": target / "report.json", "curve": target / "curve.png", "weights": folder}
             _show(result, wanted, places, memory.url, as_json=as_json, line=forever, quiet=log_json)
             return result
 
