@@ -12,15 +12,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from agent.constraint import Vocabulary, allowed_ids
 from agent.engines.base import Completion, StreamingEngine
 from agent.engines.transformers import TransformersEngine
-from agent.episode import FinishReason, Message, SamplingParams
+from agent.episode import Episode, FinishReason, Message, SamplingParams
 from agent.errors import CheckpointError, ConstraintError, ContextLengthError
+from distill.config import DistillConfig, LoraSettings
+from engrain.consolidate import consolidate
+from envs import registry
+from envs.base import Split
 from envs.errors import UsageError
+from memory.records import Knowledge
 
 psutil = pytest.importorskip("psutil")
 pytest.importorskip("vllm", exc_type=(ImportError, RuntimeError))
@@ -271,6 +277,50 @@ def _same_masks_as_xgrammar(vocabulary: Vocabulary, tokenizer: Any, choices: tup
                 bits = ((bitmask[0].unsqueeze(1) >> torch.arange(32)) & 1).flatten()[:size]
                 assert tuple(bits.nonzero().squeeze(1).tolist()) == allowed
                 assert matcher.accept_token(id_)
+
+
+def test_training_samples_from_it_with_the_weights_of_the_moment(
+    engine: VllmEngine, reference: TransformersEngine, tmp_path: Path
+) -> None:
+    settings = DistillConfig(
+        steps=3,
+        batch_size=2,
+        learning_rate=1e-2,
+        save_every=2,
+        sync_every=2,
+        lora=LoraSettings(rank=2, alpha=2),
+        sampling=SamplingParams(max_tokens=4),
+    )
+    tasks = registry.world("math", {}).tasks(Split.TRAIN, 4, 0)
+    knowledge = Knowledge(id="k", items=(), text="Answer in French, in capital letters.", tokens=0)
+    episodes: list[Episode] = []
+    fit = consolidate(reference, tasks, knowledge, settings, tmp_path, sampler=engine, on_episode=episodes.append)
+    assert [metrics.staleness for metrics in fit.history] == [0, 1, 0]
+    assert [e.checkpoint for e in episodes] == [None] * 4 + [f"{tmp_path.name}@2"] * 2
+    samples = [
+        (
+            list(e.token_ids[: e.prompt_length]),
+            np.array(e.token_ids[e.prompt_length :]),
+            np.array(e.logprobs[e.prompt_length :]),
+        )
+        for e in episodes
+    ]
+
+    def furthest(some: list[Any]) -> float:
+        """Between what was said to be a token's log-probability and what transformers makes of it now."""
+        return max(
+            float(abs(teacher_forced(reference, prompt, ids)[range(len(ids)), ids].numpy() - logprobs).max())
+            for prompt, ids, logprobs in some
+        )
+
+    try:
+        assert furthest(samples[:4]) < 5e-3  # the base model's
+        assert furthest(samples[4:]) > 0.05
+        reference.load(tmp_path / "step-000002")
+        assert furthest(samples[4:]) < 5e-3  # those of two steps
+    finally:
+        reference.load(None)
+        engine.load(None)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU it can")

@@ -27,6 +27,22 @@ def test_an_engine_that_does_not_exist_is_refused(tiny_folder: Path) -> None:
     assert "transformers" in result.output
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["improve", "math", "--sync-every", "2"], "--sync-every 2 is for samples of another engine"),
+        (["improve", "math", "--engine", "vllm", "--ray", "local", "--sync-every", "2"], "leave out --sync-every"),
+        (["improve", "math", "--ray", "local", "--base-url", "http://127.0.0.1:1"], "leave out --base-url"),
+        (["distill", "math", "-k", "x", "--out", "y", "--sync-every", "2"], "add --engine vllm or --base-url"),
+    ],
+)
+def test_what_cannot_sample_together_is_refused_first(words: list[str], says: str, engrain_home: Path) -> None:
+    result = CliRunner().invoke(shell.app, words)
+    assert result.exit_code == 2
+    assert says in " ".join(result.output.split())
+    assert not engrain_home.exists()
+
+
 def test_admissible_replies_are_commands_of_the_game(
     engrain_home: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

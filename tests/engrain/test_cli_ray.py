@@ -59,7 +59,7 @@ def test_a_round_on_ray_plays_what_a_round_here_plays(
         result = CliRunner().invoke(shell.app, [*words, *more])
         assert result.exit_code == 0, result.output
         assert "training cannot pay" in json.loads(result.stdout)["reason"]  # a tiny random model solves nothing
-        with Store.open(str(tmp_path / name / "store.db"), create=False) as store:
+        with Store.open(str(tmp_path / name / "engrain.db"), create=False) as store:
             (record,) = store.rounds()
             stages = ("play", "validation/bare", "validation/in_context")
             played = {stage: store.episodes(round_id=record.id, stage=stage) for stage in stages}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -160,6 +161,30 @@ def test_a_larger_model_teaches_and_one_of_another_vocabulary_does_not(
     line = refused.stderr.strip().splitlines()[-1]  # after what was said while the models were loaded
     assert line.startswith("error: ")
     assert "<extra>" in line
+
+
+def test_the_student_samples_on_another_engine_if_asked_to(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    @contextmanager
+    def other(model: str, *where: object, **options: object):
+        engine = TransformersEngine(model, name=model, dtype="float32")
+        asked.append((engine, *where, options["trainable"]))
+        yield engine
+
+    monkeypatch.setattr("engrain.cli.distill.open_sampler", other)
+    words = ["--engine", "vllm", "--sync-every", "2", "--save-every", "2", "--steps", "3", "--json"]
+    facts, manifest = facts_of(run(tiny_folder, tmp_path, *words))
+    ((engine, *where),) = asked
+    assert where == ["vllm", None, True]
+    assert [metrics["staleness"] for metrics in facts["history"]] == [0, 1, 0]
+    assert manifest.config["sync_every"] == 2
+    assert engine.checkpoint == "run@2"
+    refused = run(tiny_folder, tmp_path, "--engine", "vllm", "--method", "sft")
+    assert refused.exit_code == 2
+    assert "with --method sft it samples none" in " ".join(refused.output.split())
 
 
 def test_every_kind_of_teacher_goes_on_from_a_parent(tiny_folder: Path, tmp_path: Path) -> None:
