@@ -38,6 +38,7 @@ from measure import in_process_of_its_own, where  # noqa: E402
 from sqlalchemy import orm  # noqa: E402
 
 from agent.episode import Episode, FinishReason, Message, SamplingParams, StopReason, Turn  # noqa: E402
+from engrain.cli.memory import Survey  # noqa: E402
 from engrain.curve import gather  # noqa: E402
 from envs.base import Split, Task  # noqa: E402
 from memory.normalise import item_id  # noqa: E402
@@ -125,7 +126,7 @@ def database(kind: str) -> Iterator[str]:
 def insert(store: Store, worlds: Worlds, episodes: int) -> dict[str, Any]:
     """Write the episodes in batches; turns a second of the writing alone, and of each tenth of it."""
     rounds = [store.create_round({}, number, "bench") for number in range(ROUNDS)]
-    seconds, tenths = 0.0, []
+    seconds, tenths, before = 0.0, [], (0, 0.0)
     for start in range(0, episodes, BATCH):
         batch = [worlds.episode(number) for number in range(start, min(start + BATCH, episodes))]
         round_ = rounds[start * ROUNDS // max(episodes, 1) % ROUNDS]
@@ -133,8 +134,10 @@ def insert(store: Store, worlds: Worlds, episodes: int) -> dict[str, Any]:
         store.add_episodes(batch, round_id=round_.id, stage="play" if start % (2 * BATCH) else "test/bare")
         seconds += time.perf_counter() - begun
         if (start + BATCH) * 10 // episodes > len(tenths):
-            tenths.append(round((start + len(batch)) * TURNS / seconds))
-            print(f"{start + len(batch):,} episodes, {tenths[-1]:,} turns/s", file=sys.stderr, flush=True)
+            done = start + len(batch)
+            tenths.append(round((done - before[0]) * TURNS / (seconds - before[1])))
+            before = done, seconds
+            print(f"{done:,} episodes, {tenths[-1]:,} turns/s", file=sys.stderr, flush=True)
     turns = episodes * TURNS
     return {
         "turns": turns,
@@ -194,12 +197,8 @@ def ask(store: Store, worlds: Worlds, episodes: int) -> dict[str, dict[str, floa
     items = [row.id for row in store.item_rows(limit=QUERIES)]
     rounds = store.rounds()
 
-    def overview() -> None:
-        store.size(), store.tallies(), store.counts(), store.item_statuses(), store.events(limit=5)
-        store.item_rows(status="active", limit=5), gather(store, store.rounds(limit=20))
-
     queries: dict[str, Callable[[int], Any]] = {
-        "memory": lambda i: overview(),
+        "memory": lambda i: Survey.of(store),
         "episodes": lambda i: store.episode_rows(**page),
         "episodes --before ID": lambda i: store.episode_rows(before=ids[i], **page),
         "episodes --env E --failed": lambda i: store.episode_rows(env=made.choice(ENVS), success=False, **page),
@@ -213,7 +212,7 @@ def ask(store: Store, worlds: Worlds, episodes: int) -> dict[str, dict[str, floa
             store.item(items[i % len(items)]), store.events(subject=items[i % len(items)]),
             store.effects(item_id=items[i % len(items)]), store.knowledge_holding(items[i % len(items)]),
         ),
-        "lineage CHECKPOINT": lambda i: store.lineage(f"checkpoint{i % 3:04d}"),
+        "lineage CHECKPOINT": lambda i: store.lineage(f"checkpoint{i % ROUNDS:04d}"),
         "rounds": lambda i: gather(store, store.rounds(limit=50)),
     }  # fmt: skip
     found = {}
@@ -337,7 +336,8 @@ def measure(kind: str, turns: int, seed: int, each: int) -> dict[str, Any]:
     worlds, episodes = Worlds(seed), turns // TURNS
     with database(kind) as url:
         with Store.open(url) as store:
-            found: dict[str, Any] = {"database": kind, "insert": insert(store, worlds, episodes)}
+            busy = round(os.getloadavg()[0], 1)  # well above 0: other work took its share of the processors
+            found: dict[str, Any] = {"database": kind, "load_before": busy, "insert": insert(store, worlds, episodes)}
             furnish(store, worlds, episodes)
             if kind == "postgresql":  # what its own daemon does within a minute of such a load
                 with store._engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:

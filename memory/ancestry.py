@@ -19,7 +19,16 @@ from memory.records import (
     Record,
     RunRecord,
 )
-from memory.schema import EpisodeRow, ExtractionRow, ItemSourceRow, KnowledgeItemRow
+from memory.schema import (
+    CheckpointRow,
+    EpisodeRow,
+    EvaluationRow,
+    ExtractionRow,
+    ItemSourceRow,
+    KnowledgeItemRow,
+    KnowledgeRow,
+    RunRow,
+)
 
 SOURCES = 5  # sources that a lineage shows of each item, unless asked for more
 
@@ -127,30 +136,40 @@ class AncestryTable(ExperienceTable, LineageTable):
 
     def _chain(self, checkpoint: str, generations: int) -> list[CheckpointRecord]:
         """A checkpoint and those before it, as far as they are stored."""
-        chain = [self.checkpoint(checkpoint)]
-        seen = {checkpoint}
-        while (parent := chain[-1].parent) and parent not in seen and len(chain) <= generations:
-            seen.add(parent)
-            try:
-                chain.append(self.checkpoint(parent))
-            except UnknownIdError:
-                break
-        return chain
+        own = sa.select(CheckpointRow.id, CheckpointRow.parent, sa.literal(0).label("age"))
+        found = own.where(CheckpointRow.id == checkpoint).cte("found", recursive=True)
+        before = sa.select(CheckpointRow.id, CheckpointRow.parent, found.c.age + 1)
+        before = before.join(found, CheckpointRow.id == found.c.parent).where(found.c.age < generations)
+        found = found.union_all(before)
+        with self._read() as connection:
+            ages = connection.execute(sa.select(found.c.id, found.c.age).order_by(found.c.age)).tuples().all()
+        order = list(dict.fromkeys(id_ for id_, _ in ages))  # a forged circle ends where it began
+        if not order:
+            raise UnknownIdError(f"no checkpoint {checkpoint!r} in {self.url}")
+        records = {record.id: record for record in self._checkpoints(CheckpointRow.id.in_(order))}
+        return [records[id_] for id_ in order]
 
     def _lineages(self, chain: Sequence[CheckpointRecord], sources: int | None) -> list[CheckpointLineage]:
-        """What each of these checkpoints was made from; what they share is read once."""
-        texts = {record.knowledge: self._knowledge_by_id(record.knowledge) for record in chain}
-        ids = list(dict.fromkeys(place.id for text in texts.values() if text for place in text.items))
-        summaries = {row.id: row for row in self.item_rows(ids=ids)}
+        """What each of these checkpoints was made from, read together."""
+        run_ids = [record.run_id for record in chain if record.run_id]
+        text_ids = [record.knowledge for record in chain if record.knowledge]
+        runs: dict[str | None, RunRecord] = {run.id: run for run in self._runs(RunRow.id.in_(run_ids))}
+        texts: dict[str | None, Knowledge] = {text.id: text for text in self._knowledge(KnowledgeRow.id.in_(text_ids))}
+        measured: dict[str | None, list[EvaluationRecord]] = defaultdict(list)
+        of_these = EvaluationRow.checkpoint.in_([record.id for record in chain])
+        for evaluation in self._evaluations(of_these, with_results=False):
+            measured[evaluation.checkpoint].append(evaluation)
+        items = list(dict.fromkeys(place.id for text in texts.values() for place in text.items))
+        summaries = {row.id: row for row in self.item_rows(ids=items)}
         solved = sa.func.sum(sa.cast(EpisodeRow.success, sa.Integer))
         played = sa.select(EpisodeRow.run_id, sa.func.count(), solved).group_by(EpisodeRow.run_id)
         with self._read() as connection:
-            origins = self._origins(connection, ids, sources)
-            trained = played.where(EpisodeRow.run_id.in_([record.run_id for record in chain if record.run_id]))
-            counts = {run: (episodes, won) for run, episodes, won in connection.execute(trained)}
+            origins = self._origins(connection, items, sources)
+            trained = connection.execute(played.where(EpisodeRow.run_id.in_(run_ids)))
+            counts = {run: (episodes, won) for run, episodes, won in trained}
         lineages = []
         for record in chain:
-            text = texts[record.knowledge]
+            text = texts.get(record.knowledge)
             episodes, won = counts.get(record.run_id, (0, 0))
             places = [
                 ItemOrigin(position=n, wording=place.text, item=summaries[place.id], sources=tuple(origins[place.id]))
@@ -159,31 +178,15 @@ class AncestryTable(ExperienceTable, LineageTable):
             lineages.append(
                 CheckpointLineage(
                     checkpoint=record,
-                    run=self._runs_by_id(record.run_id),
+                    run=runs.get(record.run_id),
                     training_episodes=episodes,
                     training_solved=won,
                     knowledge=text,
                     items=tuple(places),
-                    evaluations=tuple(self.evaluations(checkpoint=record.id, results=False)),
+                    evaluations=tuple(measured[record.id]),
                 )
             )
         return lineages
-
-    def _runs_by_id(self, id: str | None) -> RunRecord | None:
-        if id is None:
-            return None
-        try:
-            return self.run(id)
-        except UnknownIdError:
-            return None
-
-    def _knowledge_by_id(self, id: str | None) -> Knowledge | None:
-        if id is None:
-            return None
-        try:
-            return self.knowledge(id)
-        except UnknownIdError:
-            return None
 
     def _origins(self, connection: sa.Connection, items: list[str], limit: int | None) -> dict[str, list[Origin]]:
         """The sources of items with their episodes: what was learned before what was recalled, oldest first."""
@@ -210,6 +213,6 @@ class AncestryTable(ExperienceTable, LineageTable):
         )  # fmt: skip
         if limit is not None:
             query = query.where(ranked.c.rank <= limit)
-        for row in connection.execute(query).mappings():
-            origins[row["item_id"]].append(Origin(**row))
+        for row in connection.execute(query):  # as tuples in the order of the fields: there may be thousands
+            origins[row.item_id].append(Origin(**dict(zip(Origin.model_fields, row, strict=True))))
         return origins

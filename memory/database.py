@@ -6,13 +6,9 @@ import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import sqlalchemy as sa
-from alembic import command
-from alembic.config import Config
-from alembic.script import ScriptDirectory
-from alembic.util import CommandError
 from sqlalchemy import exc
 from sqlalchemy.dialects import postgresql, sqlite
 
@@ -20,8 +16,16 @@ from memory.errors import BadStoreError, StoreError, UnknownIdError
 from memory.records import now
 from memory.schema import Base, EventRow
 
+if TYPE_CHECKING:  # a store that is up to date opens without Alembic, which takes a fifth of a second to load
+    from alembic.config import Config
+    from alembic.script import ScriptDirectory
+
 VERSION_TABLE = "engrain_version"
+_VERSION = sa.text(f"SELECT version_num FROM {VERSION_TABLE}")  # noqa: S608
 BUSY_SECONDS = 60  # how long a writer waits for another process's transaction on SQLite
+CACHE_KIB = 64 * 1024  # pages that a SQLite connection may keep in memory, taken as they are read
+WAL_PAGES = 8192  # of 4 KiB, after which SQLite's write-ahead log goes into the file
+_MIGRATIONS = Path(__file__).parent / "migrations"
 _LOCK = 0x456E67726169  # "Engrai": PostgreSQL advisory lock for what must happen one at a time
 
 _T = TypeVar("_T")
@@ -82,9 +86,16 @@ def _is_silent(error: exc.DBAPIError) -> bool:
     return isinstance(error, exc.OperationalError) and module.startswith("psycopg") and "FATAL:" not in str(error)
 
 
+def newest_revision() -> str:
+    """The revision that this version writes: the last of those in `migrations/versions`, named `rNNNN_what.py`."""
+    return max(path.name for path in (_MIGRATIONS / "versions").glob("r*_*.py")).partition("_")[0]
+
+
 def _alembic(connection: sa.Connection) -> Config:
+    from alembic.config import Config
+
     config = Config()
-    config.set_main_option("script_location", str(Path(__file__).parent / "migrations").replace("%", "%%"))
+    config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
     config.set_main_option("path_separator", "os")
     config.attributes["connection"] = connection
     return config
@@ -172,10 +183,12 @@ class Database:
         statement = insert(table)
         return statement.on_conflict_do_nothing() if skip_existing else statement
 
-    def _insert_rows(self, connection: sa.Connection, table: type[Base], rows: Sequence[Mapping[str, Any]]) -> None:
-        """Insert rows of the same columns, leaving alone those whose key is taken."""
-        if rows:
-            connection.execute(*self._bulk(table, rows))
+    def _insert_rows(self, connection: sa.Connection, table: type[Base], rows: Sequence[Mapping[str, Any]]) -> int:
+        """Insert rows of the same columns, leaving alone those whose key is taken; returns how many were not."""
+        if not rows:
+            return 0
+        statement, values = self._bulk(table, rows)
+        return connection.execute(statement.execution_options(preserve_rowcount=True), values).rowcount
 
     def _insert_new(self, connection: sa.Connection, table: type[Base], rows: Sequence[Mapping[str, Any]]) -> set[str]:
         """The same, for a table with an `id`; returns the ids that were not taken."""
@@ -205,6 +218,13 @@ class Database:
 
     def _migrate(self) -> None:
         """Run the migrations that this database lacks; several processes may open an empty one at once."""
+        with self._engine.connect() as connection:  # a store that lacks none opens without waiting for a writer
+            tables = sa.inspect(connection).has_table(VERSION_TABLE)
+            if tables and connection.execute(_VERSION).scalar() == newest_revision():
+                return
+        from alembic import command
+        from alembic.script import ScriptDirectory
+
         with self._engine.connect() as connection:
             connection = connection.execution_options(engrain_write=True)
             with connection.begin():
@@ -213,7 +233,7 @@ class Database:
                 scripts = ScriptDirectory.from_config(config)
                 tables = set(sa.inspect(connection).get_table_names())
                 if VERSION_TABLE in tables:
-                    found = connection.execute(sa.text(f"SELECT version_num FROM {VERSION_TABLE}")).scalar()  # noqa: S608
+                    found = connection.execute(_VERSION).scalar()
                     self._check_version(found, scripts)
                     if found == scripts.get_current_head():
                         return
@@ -224,6 +244,8 @@ class Database:
                 command.upgrade(config, "head")
 
     def _check_version(self, found: str | None, scripts: ScriptDirectory) -> None:
+        from alembic.util import CommandError
+
         try:
             known = found is None or scripts.get_revision(found) is not None
         except CommandError:
@@ -258,6 +280,9 @@ def _prepare_sqlite(connection: sqlite3.Connection, _: object) -> None:
     if connection.execute("PRAGMA journal_mode").fetchone() != ("wal",):
         connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA synchronous = NORMAL")
+    # Digests fall anywhere in their index: what a batch of them touches must fit, and be written back seldom.
+    connection.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
+    connection.execute(f"PRAGMA wal_autocheckpoint = {WAL_PAGES}")
 
 
 def _begin_sqlite(connection: sa.Connection) -> None:

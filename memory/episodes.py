@@ -20,16 +20,17 @@ from memory.columns import (
     unpack_logprobs,
     unpack_mask,
 )
-from memory.database import Database, chunks
+from memory.database import chunks
 from memory.errors import ConflictError, UnknownIdError
 from memory.records import EpisodeSummary, now
 from memory.schema import EpisodeRow, RoundRow, TaskRow, TextRow, TurnRow
+from memory.tallies import TallyTable, changes_by
 
 _BATCH = 200  # episodes a transaction, and ids a query
 _SUMMARY = [getattr(EpisodeRow, name) for name in EpisodeSummary.model_fields]
 
 
-class EpisodeTable(Database):
+class EpisodeTable(TallyTable):
     """The part of the store that keeps episodes, their tasks and their turns."""
 
     def add_episodes(
@@ -59,9 +60,11 @@ class EpisodeTable(Database):
                 raise UnknownIdError(f"no round {round_id!r} in {self.url}")
             self._add_tasks(connection, {e.task.id: e.task for e in unique.values()})
             # Sorted, so that two writers of the same texts wait for each other instead of deadlocking.
-            self._insert_rows(connection, TextRow, [{"digest": d, "body": texts[d]} for d in sorted(texts)])
+            bodies = sorted((digest, body) for body, digest in texts.items())
+            self._insert_rows(connection, TextRow, [{"digest": digest, "body": body} for digest, body in bodies])
             added = self._insert_new(connection, EpisodeRow, sorted(rows, key=lambda row: str(row["id"])))
             self._insert_rows(connection, TurnRow, [row for id_ in sorted(added) for row in turns[id_]])
+            self._tally(connection, changes_by(row for row in rows if row["id"] in added))
         return len(added)
 
     def _add_tasks(self, connection: sa.Connection, tasks: Mapping[str, Task]) -> None:
@@ -188,9 +191,10 @@ def text_digest(text: str) -> str:
 
 
 def _keep(text: str, texts: dict[str, str]) -> str:
-    """Note a text to be stored and return the digest it is stored under."""
-    digest = text_digest(text)
-    texts[digest] = text
+    """Note a text to be stored and return the digest it is stored under; `texts` has the digest of each."""
+    digest = texts.get(text)
+    if digest is None:
+        digest = texts[text] = text_digest(text)
     return digest
 
 

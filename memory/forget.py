@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import sqlalchemy as sa
 
-from memory.database import Database, chunks
+from memory.database import chunks
 from memory.errors import UnknownIdError
 from memory.items import count_support
 from memory.records import Record
@@ -35,6 +35,7 @@ from memory.schema import (
     TextRow,
     TurnRow,
 )
+from memory.tallies import TALLIED, Changes, TallyTable, changes_by
 
 _BATCH = 500
 
@@ -51,7 +52,7 @@ class Forgotten(Record):
     checkpoints: tuple[str, ...] = ()
 
 
-class ForgetTable(Database):
+class ForgetTable(TallyTable):
     """The part of the store that deletes."""
 
     def forget_plan(self, kind: Literal["episode", "item"], id: str) -> Forgotten:
@@ -127,13 +128,11 @@ class ForgetTable(Database):
     def _delete(self, connection: sa.Connection, plan: Forgotten) -> None:
         texts, tasks = _texts_of(connection, plan.episodes)
 
-        def delete(column: Any, values: Iterable[str]) -> None:
+        def delete(column: Any, values: Iterable[str], *, unset: bool = False) -> None:
+            """Delete the rows where a column has one of these values, or only the value."""
+            change: Any = sa.update(column.class_).values({column.key: None}) if unset else sa.delete(column.class_)
             for chunk in chunks(values, _BATCH):
-                connection.execute(sa.delete(column.class_).where(column.in_(chunk)))
-
-        def unset(column: Any, values: Iterable[str]) -> None:
-            for chunk in chunks(values, _BATCH):
-                connection.execute(sa.update(column.class_).where(column.in_(chunk)).values({column.key: None}))
+                connection.execute(change.where(column.in_(chunk)))
 
         delete(ItemSourceRow.episode_id, plan.episodes)
         delete(ItemSourceRow.extraction_id, plan.extractions)
@@ -143,20 +142,24 @@ class ForgetTable(Database):
         delete(TurnRow.episode_id, plan.episodes)
         for column in (ItemFlagRow.item_id, ItemFlagRow.other, ItemEffectRow.item_id):
             delete(column, plan.items)
-        unset(ItemEffectRow.knowledge, plan.knowledge)
+        delete(ItemEffectRow.knowledge, plan.knowledge, unset=True)
         delete(EvaluationResultRow.evaluation_id, plan.evaluations)
         delete(EvaluationRow.id, plan.evaluations)
-        unset(EvaluationResultRow.episode_id, plan.episodes)
+        delete(EvaluationResultRow.episode_id, plan.episodes, unset=True)
         delete(KnowledgeItemRow.knowledge_id, plan.knowledge)
-        unset(KnowledgeRow.parent, plan.knowledge)
+        delete(KnowledgeRow.parent, plan.knowledge, unset=True)
         delete(KnowledgeRow.id, plan.knowledge)
         delete(ItemRow.id, plan.items)
-        delete(EpisodeRow.id, plan.episodes)
+        gone: Changes = {}
+        for chunk in chunks(plan.episodes, _BATCH):
+            deleted = sa.delete(EpisodeRow).where(EpisodeRow.id.in_(chunk)).returning(*TALLIED)
+            changes_by(connection.execute(deleted).mappings(), -1, gone)
         for subjects in (plan.episodes, plan.extractions, plan.items, plan.knowledge):
             delete(EventRow.subject, subjects)
         delete(TaskRow.id, tasks - _Finder(connection)(EpisodeRow.task_id, EpisodeRow.task_id, tasks))
         delete(TextRow.digest, _unused(connection, texts))
         count_support(connection, plan.weakened)
+        self._tally(connection, gone)
 
 
 class _Finder:

@@ -224,6 +224,12 @@ class LineageTable(Database):
         found = self._checkpoints(CheckpointRow.model == model, CheckpointRow.status == CheckpointStatus.PROMOTED.value)
         return max(found, key=lambda record: record.promoted_at or record.created_at, default=None)
 
+    def current_checkpoints(self) -> list[CheckpointRecord]:
+        """The current checkpoint of each model that has one."""
+        promoted = self._checkpoints(CheckpointRow.status == CheckpointStatus.PROMOTED.value)
+        latest = sorted(promoted, key=lambda record: record.promoted_at or record.created_at)
+        return list({record.model: record for record in latest}.values())
+
     def _checkpoints(self, *conditions: sa.ColumnElement[bool]) -> list[CheckpointRecord]:
         query = sa.select(CheckpointRow.__table__).where(*conditions)
         query = query.order_by(CheckpointRow.created_at, CheckpointRow.id)

@@ -8,9 +8,7 @@ from typing import Any, Literal
 
 import sqlalchemy as sa
 
-from memory.database import Database
 from memory.errors import UnknownIdError
-from memory.records import Record
 from memory.schema import (
     Base,
     CheckpointRow,
@@ -22,9 +20,11 @@ from memory.schema import (
     KnowledgeRow,
     RoundRow,
     RunRow,
+    TallyRow,
     TextRow,
     TurnRow,
 )
+from memory.tallies import TallyTable
 
 Kind = Literal["episode", "item", "knowledge", "checkpoint", "round", "run"]
 
@@ -40,22 +40,11 @@ _ALL: dict[str, type[Base]] = {
     **_TABLES, "turn": TurnRow, "text": TextRow, "extraction": ExtractionRow, "evaluation": EvaluationRow,
     "event": EventRow,
 }  # fmt: skip
+_TALLIED = {"episode": TallyRow.episodes, "turn": TallyRow.turns}
 _NEAR = 200  # ids among which the nearest one is looked for
 
 
-class Tally(Record):
-    """Episodes of one env and split: how many, how many solved, and their turns and tokens in all."""
-
-    env: str
-    split: str
-    episodes: int
-    solved: int
-    turns: int
-    tokens: int
-    sampled: int
-
-
-class OverviewTable(Database):
+class OverviewTable(TallyTable):
     """The part of the store that counts and finds."""
 
     def full_id(self, kind: Kind, prefix: str) -> str:
@@ -118,21 +107,15 @@ class OverviewTable(Database):
         return self._count(_ALL)
 
     def _count(self, kinds: Iterable[str]) -> dict[str, int]:
-        with self._read() as connection:
-            return {kind: connection.scalar(sa.select(sa.func.count()).select_from(_ALL[kind])) or 0 for kind in kinds}
-
-    def tallies(self) -> list[Tally]:
-        """Episodes by env and split."""
-        counted = {
-            "episodes": sa.func.count(),
-            "solved": sa.func.sum(sa.cast(EpisodeRow.success, sa.Integer)),
-            **{name: sa.func.sum(getattr(EpisodeRow, name)) for name in ("turns", "tokens", "sampled")},
+        """Counts of these kinds; the large ones need no counting."""
+        queries = {
+            kind: sa.select(sa.func.sum(_TALLIED[kind]))
+            if kind in _TALLIED
+            else sa.select(sa.func.count()).select_from(_ALL[kind])
+            for kind in kinds
         }
-        columns = [expression.label(name) for name, expression in counted.items()]
-        query = sa.select(EpisodeRow.env, EpisodeRow.split, *columns).group_by(EpisodeRow.env, EpisodeRow.split)
         with self._read() as connection:
-            rows = connection.execute(query.order_by(EpisodeRow.env, EpisodeRow.split)).mappings()
-            return [Tally(**row) for row in rows]
+            return {kind: int(connection.scalar(query) or 0) for kind, query in queries.items()}
 
     def item_statuses(self) -> dict[str, int]:
         """How many items have each status."""

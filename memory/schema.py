@@ -12,7 +12,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Double, ForeignKey, Index, LargeBinary, MetaData, String
+from sqlalchemy import BigInteger, Double, ForeignKey, Index, LargeBinary, MetaData, String
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from memory.columns import AnyText, JsonText, Timestamp, WideInteger
@@ -105,15 +105,27 @@ class EpisodeRow(Base):
     token_ids: Mapped[bytes]
     loss_mask: Mapped[bytes]
     logprobs: Mapped[bytes]
-    # Listings go newest first, so each filter's index holds the time; the tally answers counts without the rows.
+    # Listings go newest first, so each filter's index holds the time.
     __table_args__ = (
         Index("ix_episodes_started_at", "started_at", "id"),
         Index("ix_episodes_env", "env", "started_at", "id", "split", "success"),
         Index("ix_episodes_checkpoint", "checkpoint", "started_at", "id"),
         Index("ix_episodes_round_id", "round_id", "started_at", "id", "stage", "success"),
         Index("ix_episodes_run_id", "run_id", "success"),
-        Index("ix_episodes_tally", "env", "split", "success", "turns", "tokens", "sampled"),
     )
+
+
+class TallyRow(Base):
+    """Sums over the episodes of one env and split. They follow from `episodes`: no part of what is exported."""
+
+    __tablename__ = "tallies"
+    env: Mapped[str] = mapped_column(String(128), primary_key=True)
+    split: Mapped[str] = mapped_column(String(32), primary_key=True)
+    episodes: Mapped[int] = mapped_column(BigInteger)
+    solved: Mapped[int] = mapped_column(BigInteger)
+    turns: Mapped[int] = mapped_column(BigInteger)
+    tokens: Mapped[int] = mapped_column(BigInteger)
+    sampled: Mapped[int] = mapped_column(BigInteger)
 
 
 class TurnRow(Base):

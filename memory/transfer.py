@@ -28,15 +28,17 @@ from memory.columns import (
     unpack_logprobs,
     unpack_mask,
 )
-from memory.database import VERSION_TABLE, Database, chunks
+from memory.database import VERSION_TABLE, chunks
 from memory.errors import BadStoreError
 from memory.items import count_support
-from memory.schema import Base, EventRow, ItemRow, KnowledgeRow, LeaseRow, RoundRow
+from memory.schema import Base, EpisodeRow, EventRow, ItemRow, KnowledgeRow, LeaseRow, RoundRow, TallyRow
+from memory.tallies import Changes, TallyTable, changes_by
 
 HEADER = "engrain"  # the key of the first line, and of `store.json` beside Parquet files
 _BATCH = 500
 _TABLES: dict[str, type[Base]] = {mapper.class_.__tablename__: mapper.class_ for mapper in Base.registry.mappers}
-_ORDER = [table.name for table in Base.metadata.sorted_tables if table.name != LeaseRow.__tablename__]
+_LEFT_OUT = (LeaseRow.__tablename__, TallyRow.__tablename__)  # of the moment, and what follows from the rest
+_ORDER = [table.name for table in Base.metadata.sorted_tables if table.name not in _LEFT_OUT]
 _UNPACK: dict[str, Callable[[bytes], Sequence[Any]]] = {
     "token_ids": unpack_ids, "loss_mask": unpack_mask, "logprobs": unpack_logprobs,
 }  # fmt: skip
@@ -44,11 +46,16 @@ _PACK: dict[str, Callable[[Sequence[Any]], bytes]] = {
     "token_ids": pack_ids, "loss_mask": pack_mask, "logprobs": pack_logprobs,
 }  # fmt: skip
 
+#: Columns whose values Parquet cannot hold, and how they go out and come home.
+_PARQUET: tuple[tuple[type, Callable[[Any], str], Callable[[str], Any]], ...] = (
+    (AnyText, escape_text, unescape_text), (JsonText, json.dumps, json.loads), (WideInteger, str, int),
+)  # fmt: skip
+
 Row = dict[str, Any]
 Progress = Callable[[str, int], None]  # a table's name and how many of its rows were just moved
 
 
-class TransferTable(Database):
+class TransferTable(TallyTable):
     """The part of the store that goes out to files and comes back."""
 
     def export_jsonl(self, file: TextIO, progress: Progress | None = None) -> dict[str, int]:
@@ -77,7 +84,7 @@ class TransferTable(Database):
                 )
                 with parquet.ParquetWriter(folder / f"{name}.parquet", schema, compression="zstd") as writer:
                     for rows in self._export(connection, name):
-                        flat = [_flat(name, row) for row in rows]
+                        flat = [_for_parquet(name, _jsonable(row)) for row in rows]
                         writer.write_table(pa.Table.from_pylist(flat, schema=schema))
                         if progress:
                             progress(name, len(rows))
@@ -146,6 +153,7 @@ class TransferTable(Database):
     ) -> dict[str, int]:
         seen: dict[str, int] = dict.fromkeys(_ORDER, 0)
         new: dict[str, int] = dict.fromkeys(_ORDER, 0)
+        changes: Changes = {}
         with self._write() as connection:
             self._one_at_a_time(connection)
             fresh_log = connection.scalar(sa.select(EventRow.id).limit(1)) is None
@@ -154,7 +162,7 @@ class TransferTable(Database):
                 if name == "events":
                     new[name] += self._import_events(connection, rows, fresh_log)
                 else:
-                    new[name] += self._import_rows(connection, name, rows)
+                    new[name] += self._import_rows(connection, name, rows, changes)
                 if progress:
                     progress(name, len(rows))
             if missing := {name: count for name, count in header["rows"].items() if seen.get(name) != count}:
@@ -164,15 +172,18 @@ class TransferTable(Database):
                     "nothing was imported"
                 )
             self._after_import(connection)
+            self._tally(connection, changes)
         return new
 
-    def _import_rows(self, connection: sa.Connection, name: str, rows: list[Row]) -> int:
-        table = Base.metadata.tables[name]
+    def _import_rows(self, connection: sa.Connection, name: str, rows: list[Row], changes: Changes) -> int:
         if name in ("rounds", "knowledge"):
             rows = self._renumbered(connection, RoundRow if name == "rounds" else KnowledgeRow, rows)
-        before = connection.scalar(sa.select(sa.func.count()).select_from(table)) or 0
-        self._insert_rows(connection, _TABLES[name], rows)
-        return (connection.scalar(sa.select(sa.func.count()).select_from(table)) or 0) - before
+        if name == "episodes":
+            added = self._insert_new(connection, EpisodeRow, rows)
+            first = {row["id"]: row for row in reversed(rows)}  # in a file that says one twice, the first is kept
+            changes_by((first[id_] for id_ in added), before=changes)
+            return len(added)
+        return self._insert_rows(connection, _TABLES[name], rows)
 
     def _renumbered(self, connection: sa.Connection, table: Any, rows: list[Row]) -> list[Row]:
         """Rows that are not stored yet; where another row has their number they get the next free one."""
@@ -221,7 +232,8 @@ def _read_lines(lines: Iterator[str]) -> Iterator[tuple[str, Row]]:
     for number, line in enumerate(lines, 2):
         try:
             row = json.loads(line)
-            name = row.pop("table")
+            if (name := row.pop("table")) not in _ORDER:
+                raise ValueError(f"there is no table {name!r}")
             yield name, _typed(name, row)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise BadStoreError(f"line {number} is no row of a store ({error}); nothing was imported") from None
@@ -236,7 +248,7 @@ def _read_parquet(folder: Path) -> Iterator[tuple[str, Row]]:
             with parquet.ParquetFile(folder / f"{name}.parquet") as file:
                 for batch in file.iter_batches(_BATCH):
                     for row in batch.to_pylist():
-                        yield name, _unflat(name, row)
+                        yield name, _typed(name, _for_parquet(name, row, back=True))
         except FileNotFoundError:
             continue  # an older version lacked this table; the count in the header says if it is missed
         except (OSError, pa.ArrowException, KeyError, ValueError) as error:
@@ -265,37 +277,15 @@ def _typed(name: str, row: Mapping[str, Any]) -> Row:
     return typed
 
 
-def _flat(name: str, row: Mapping[str, Any]) -> Row:
-    """A row as Parquet holds it: any text escaped to valid Unicode, JSON as text, token columns as lists."""
+def _for_parquet(name: str, row: Row, *, back: bool = False) -> Row:
+    """Any text as valid Unicode, JSON as text and wide integers in decimal, as Parquet holds them; or `back` again."""
     columns = Base.metadata.tables[name].columns
-    flat = _jsonable(row)
-    for key, value in flat.items():
-        kind = columns[key].type
-        if value is None:
-            continue
-        if isinstance(kind, AnyText):
-            flat[key] = escape_text(value)
-        elif isinstance(kind, JsonText):
-            flat[key] = json.dumps(value)
-        elif isinstance(kind, WideInteger):
-            flat[key] = str(value)
-    return flat
-
-
-def _unflat(name: str, row: Mapping[str, Any]) -> Row:
-    columns = Base.metadata.tables[name].columns
-    plain = dict(row)
-    for key, value in plain.items():
-        kind = columns[key].type
-        if value is None:
-            continue
-        if isinstance(kind, AnyText):
-            plain[key] = unescape_text(value)
-        elif isinstance(kind, JsonText):
-            plain[key] = json.loads(value)
-        elif isinstance(kind, WideInteger):
-            plain[key] = int(value)
-    return _typed(name, plain)
+    held = dict(row)
+    for key, value in row.items():
+        for kind, out, home in _PARQUET:
+            if value is not None and isinstance(columns[key].type, kind):
+                held[key] = home(value) if back else out(value)
+    return held
 
 
 def _arrow_type(column: sa.Column[Any]) -> Any:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import sqlalchemy as sa
 
 from memory.columns import unpack_ids, unpack_logprobs, unpack_mask
-from memory.database import Database, chunks
+from memory.database import chunks
 from memory.episodes import text_digest
 from memory.normalise import item_id
 from memory.records import Record, digest
@@ -26,6 +26,7 @@ from memory.schema import (
     TextRow,
     TurnRow,
 )
+from memory.tallies import TallyTable
 
 _BATCH = 500
 
@@ -64,7 +65,7 @@ _REFERENCES: tuple[tuple[str, Any, Any, str, Any, Literal["error", "note"]], ...
 )
 
 
-class VerifyTable(Database):
+class VerifyTable(TallyTable):
     """The part of the store that checks itself."""
 
     def verify(self) -> Iterator[Finding]:
@@ -84,6 +85,7 @@ class VerifyTable(Database):
             "texts": self._verify_texts,
             "turns": self._verify_turns,
             "episodes": self._verify_episodes,
+            "tallies": self._verify_tallies,
             "items": self._verify_items,
             "knowledge": self._verify_knowledge,
             "evaluations": self._verify_evaluations,
@@ -140,6 +142,12 @@ class VerifyTable(Database):
                         yield Finding(level="error", kind="episode", id=row["id"], problem="a message's text is lost")
                     if problem := _token_fault(row):
                         yield Finding(level="error", kind="episode", id=row["id"], problem=problem)
+
+    def _verify_tallies(self) -> Iterator[Finding]:
+        with self._read() as connection:
+            for env, split, more in self._wrong_tallies(connection):
+                problem = f"its count is off by {more:+d} episodes" if more else "its turns, tokens or solved are off"
+                yield Finding(level="error", kind="tally", id=f"{env} {split}", problem=problem)
 
     def _verify_items(self) -> Iterator[Finding]:
         learned = sa.select(ItemSourceRow).where(ItemSourceRow.item_id == ItemRow.id, ItemSourceRow.recalled.is_(False))

@@ -51,6 +51,9 @@ def test_eight_processes_at_once_lose_and_double_nothing(store_url):
     with Store.open(store_url) as store:
         assert new == shared
         written = WRITERS * batches
+        assert [(tally.episodes, tally.turns) for tally in store.tallies()] == [
+            (WRITERS * EPISODES + shared, WRITERS * EPISODES * 3 + shared)
+        ]
         assert store.counts() == {
             "episode": WRITERS * EPISODES + shared, "item": 1 + batches, "knowledge": written, "checkpoint": 0,
             "round": written, "run": 0,

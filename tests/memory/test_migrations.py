@@ -4,9 +4,10 @@ import sqlalchemy as sa
 from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
 
 from memory.columns import pack_ids, pack_logprobs, pack_mask
-from memory.database import VERSION_TABLE, Database, _alembic, _connectable, parse_url
+from memory.database import VERSION_TABLE, Database, _alembic, _connectable, newest_revision, parse_url
 from memory.schema import Base
 from memory.store import Store
 
@@ -89,6 +90,8 @@ def test_a_store_of_the_first_revision_opens_with_all_it_held(store_url):
     with Store.open(store_url) as store:
         assert [turn.observation for turn in store.episode("e2").turns] == ["What is 1 + 1?"]
         assert store.episode_rows()[0].run_id is None
+        assert [tuple(tally.model_dump().values()) for tally in store.tallies()] == [("sums", "train", 2, 2, 2, 6, 2)]
+        assert list(store.checks()["tallies"]()) == []
         item, alone = sorted(store.items(), key=lambda found: -found.support)
         assert (item.support, alone.support) == (2, 0)
         assert [(row.id, row.support, row.last_seen.isoformat()[:10]) for row in store.item_rows()] == [
@@ -117,6 +120,11 @@ def assert_like_the_models(store):
         context = MigrationContext.configure(connection, opts={"version_table": VERSION_TABLE})
         assert compare_metadata(context, Base.metadata) == []
         assert set(Base.metadata.tables) < set(sa.inspect(connection).get_table_names())
+
+
+def test_the_newest_revision_is_known_without_alembic(store):
+    with store._read() as connection:
+        assert newest_revision() == ScriptDirectory.from_config(_alembic(connection)).get_current_head()
 
 
 def test_migrations_from_empty_end_in_the_models(store):

@@ -16,6 +16,14 @@ def test_what_is_stored_is_there_after_reopening(store_url, make_episode):
         assert store.episode("e1") == make_episode()
 
 
+def test_opening_does_not_wait_for_a_writer(store_url):
+    with Store.open(store_url) as writer, writer._write() as connection:
+        writer._one_at_a_time(connection)
+        writer._log(connection, "item", "i", "seen", "ada", "")
+        with Store.open(store_url) as reader:
+            assert reader.events() == []
+
+
 def test_a_newer_store_is_refused(store_url):
     with Store.open(store_url) as store, store._write() as connection:
         connection.exec_driver_sql(f"UPDATE {VERSION_TABLE} SET version_num = 'r9999'")

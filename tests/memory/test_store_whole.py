@@ -134,6 +134,7 @@ def test_forgetting_an_episode_leaves_no_trace_and_names_the_checkpoints(filled)
     assert (plan.knowledge, plan.checkpoints, len(plan.evaluations)) == ((two.id,), ("c2",), 1)
     assert store.forget("episode", "e1", "ada", "asked to") == plan
     assert store.has_episodes(["e1", "e2", "t1", "t2", "in-context"]) == {"e2", "t1", "t2"}
+    assert [(tally.episodes, tally.solved) for tally in store.tallies()] == [(3, 2)]
     assert (store.item(item_id("Knock first.")).support, store.item_rows()[0].support) == (1, 1)
     assert store.item(item_id("Knock first.")).flags == ()
     assert "4711" not in json.dumps(everything(store), default=str)
@@ -179,6 +180,10 @@ def test_a_whole_store_has_no_fault(filled):
         ("UPDATE episodes SET tokens = 99 WHERE id = 'e2'", "episode", "disagree"),
         ("UPDATE episodes SET token_ids = loss_mask WHERE id = 'e2'", "episode", "tokens"),
         ("UPDATE episodes SET run_id = 'gone' WHERE id = 'e2'", "episode", "run gone is not"),
+        ("UPDATE tallies SET episodes = episodes + 2", "tally", "off by +2 episodes"),
+        ("UPDATE tallies SET tokens = 0", "tally", "turns, tokens or solved"),
+        ("DELETE FROM tallies", "tally", "off by -5 episodes"),
+        ("INSERT INTO tallies VALUES ('never', 'played', 1, 0, 1, 1, 1)", "tally", "off by +1 episodes"),
         ("UPDATE items SET text = 'forged' WHERE text LIKE 'Knock%'", "item", "its id does not match"),
         ("UPDATE items SET support = 7 WHERE text LIKE 'Knock%'", "item", "7 episodes"),
         ("UPDATE knowledge SET text = 'forged' WHERE version = 1", "knowledge", "its id does not match"),
@@ -209,7 +214,7 @@ def test_a_store_goes_to_files_and_comes_back_exactly(filled, form, tmp_path, ma
     before = everything(store)
     file = io.StringIO()
     rows = store.export_parquet(tmp_path / "out") if form == "parquet" else store.export_jsonl(file)
-    assert rows == {name: len(found) for name, found in before.items()}
+    assert rows == {name: len(found) for name, found in before.items() if name != "tallies"}  # which follow
 
     def read_into(copy):
         return copy.import_parquet(tmp_path / "out") if form == "parquet" else copy.import_jsonl(io.StringIO(text))
@@ -259,6 +264,7 @@ def test_what_is_no_export_is_refused_whole(filled, tmp_path):
             ("".join(lines[:-1]), "cut off"),
             ("".join([*lines[:5], "not json\n"]), "line 6"),
             ("".join([*lines[:5], '{"table": "users", "id": 1}\n']), "line 6"),
+            ("".join([*lines[:5], '{"table": "tallies", "env": "x"}\n']), "line 6"),
         ):
             with pytest.raises(BadStoreError, match=said):
                 copy.import_jsonl(io.StringIO(bad))
@@ -282,11 +288,21 @@ def test_tallies_and_pages(store, make_episode):
     store.add_episodes(make_episode(f"e{i}", seed=i, success=i < 2) for i in range(5))
     (tally,) = store.tallies()
     assert (tally.env, tally.split, tally.episodes, tally.solved, tally.turns) == ("sums", "train", 5, 2, 5)
+    assert store.add_episodes([make_episode("e1", seed=1, success=True), make_episode("e9", seed=9)]) == 1
+    assert store.tallies()[0] == tally.model_copy(
+        update={"episodes": 6, "turns": 6, "tokens": tally.tokens // 5 * 6, "sampled": tally.sampled // 5 * 6}
+    )
+    store.forget("episode", "e9", "ada", "")
+    assert store.tallies() == [tally]
+    assert (store.counts()["episode"], store.all_counts()["turn"]) == (5, 5)
     assert store.size() > 10_000
     first = store.episode_rows(newest_first=True, limit=2)
     second = store.episode_rows(newest_first=True, limit=2, before=first[-1].id)
     assert [row.id for row in (*first, *second)] == ["e4", "e3", "e2", "e1"]
     assert store.episode_rows(newest_first=True, before="e0") == []
+    for row in store.episode_rows():
+        store.forget("episode", row.id, "ada", "")
+    assert store.tallies() == []
 
 
 def test_a_version_of_the_knowledge_can_be_restored(filled):

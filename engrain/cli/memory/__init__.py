@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
+from typing import Any, Self
 
 import typer
 from rich.console import Console
@@ -10,7 +12,10 @@ from rich.console import Console
 from engrain.cli.common import JsonOption, StoreOption
 from engrain.cli.memory import episodes, items, knowledge, origins, rounds, upkeep
 from engrain.cli.memory.view import clean, effect, fields, opened, print_json, short, table, time
-from engrain.curve import gather
+from engrain.curve import RoundScores, gather
+from memory.records import CheckpointRecord, Event, ItemSummary
+from memory.store import Store
+from memory.tallies import Tally
 
 app = typer.Typer(help="What was remembered: an overview, and every part of it.")
 app.add_typer(episodes.app, name="episodes")
@@ -28,6 +33,49 @@ app.command("verify")(upkeep.verify)
 _ROUNDS, _ITEMS, _EVENTS = 20, 5, 5
 
 
+@dataclass(frozen=True)
+class Survey:
+    """What the overview shows."""
+
+    url: str
+    size: int  # bytes
+    tallies: list[Tally]
+    counts: dict[str, int]
+    statuses: dict[str, int]
+    best: list[ItemSummary]
+    scores: list[RoundScores]
+    events: list[Event]
+    current: list[CheckpointRecord]  # what each model plays with
+
+    @classmethod
+    def of(cls, memory: Store) -> Self:
+        """Read it from a store."""
+        return cls(
+            url=memory.url,
+            size=memory.size(),
+            tallies=memory.tallies(),
+            counts=memory.counts(),
+            statuses=memory.item_statuses(),
+            best=memory.item_rows(status="active", by="support", limit=_ITEMS),
+            scores=gather(memory, memory.rounds(limit=_ROUNDS)),
+            events=memory.events(limit=_EVENTS),
+            current=memory.current_checkpoints(),
+        )
+
+    def plain(self) -> dict[str, Any]:
+        """The same for a program."""
+        return {
+            "store": self.url,
+            "bytes": self.size,
+            "counts": self.counts,
+            "episodes": self.tallies,
+            "items": {"statuses": self.statuses, "first": self.best},
+            "rounds": [{"number": s.round.number, "status": s.round.status, **s.plain()} for s in self.scores],
+            "checkpoints": {record.model: record.id for record in self.current},
+            "events": self.events,
+        }
+
+
 @app.callback(invoke_without_command=True)
 def overview(ctx: typer.Context, store: StoreOption = None, as_json: JsonOption = False) -> None:
     """What the store holds, on one screen; the commands below show each part."""
@@ -38,43 +86,31 @@ def overview(ctx: typer.Context, store: StoreOption = None, as_json: JsonOption 
             ctx.call_on_close(lambda: _set_back(before))
         return
     with opened(store) as memory:
-        url, size = memory.url, memory.size()
-        tallies, counts, statuses = memory.tallies(), memory.counts(), memory.item_statuses()
-        best = memory.item_rows(status="active", by="support", limit=_ITEMS)
-        scores = gather(memory, memory.rounds(limit=_ROUNDS))
-        events = memory.events(limit=_EVENTS)
-        promoted = {c.model: memory.current_checkpoint(c.model) for c in memory.checkpoints()}
-        current = {model: record.id for model, record in promoted.items() if record}
+        found = Survey.of(memory)
     if as_json:
-        print_json(
-            {
-                "store": url,
-                "bytes": size,
-                "counts": counts,
-                "episodes": tallies,
-                "items": {"statuses": statuses, "first": best},
-                "rounds": [{"number": row.round.number, "status": row.round.status, **row.plain()} for row in scores],
-                "checkpoints": current,
-                "events": events,
-            }
-        )
-        return
+        print_json(found.plain())
+    else:
+        _show(found)
+
+
+def _show(found: Survey) -> None:
     console = Console()
-    fields(console, [("store", f"{url}, {size / 2**20:.1f} MiB")])
-    lines = ((t.env, t.split, f"{t.episodes:,}", f"{t.solved / t.episodes:.0%}", f"{t.turns:,}") for t in tallies)
+    fields(console, [("store", f"{found.url}, {found.size / 2**20:.1f} MiB")])
+    lines = ((t.env, t.split, f"{t.episodes:,}", f"{t.solved / t.episodes:.0%}", f"{t.turns:,}") for t in found.tallies)
     columns = ("env", "split", "episodes", "solved", "turns")
     console.print(table(columns, lines, "no episodes yet: `engrain play` or `engrain improve` makes some"))
-    found = ", ".join(f"{n} {status}" for status, n in statuses.items())
-    fields(console, [("items", found), ("knowledge versions", counts["knowledge"] or "")])
-    for row in best:
+    statuses = ", ".join(f"{n} {status}" for status, n in found.statuses.items())
+    fields(console, [("items", statuses), ("knowledge versions", found.counts["knowledge"] or "")])
+    for row in found.best:
         detail = f"{row.support} episodes" + (f", effect {effect(row)}" if row.effect is not None else "")
         console.print(f"  {clean(row.text)} [dim]{clean(short(row.id))}, {detail}[/dim]", highlight=False)
-    fields(console, [("rounds", f"{counts['round']}  {rounds.curve_line(scores)}" if counts["round"] else "")])
-    rounds.print_rounds(console, scores)
-    for model, checkpoint in current.items():
-        fields(console, [("plays now", f"{model} with checkpoint {checkpoint}")])
-    if events:
-        changes = ((time(e.at), e.who, f"{e.kind} {short(e.subject)}", e.action) for e in events)
+    number = found.counts["round"]
+    fields(console, [("rounds", f"{number}  {rounds.curve_line(found.scores)}" if number else "")])
+    rounds.print_rounds(console, found.scores)
+    for record in found.current:
+        fields(console, [("plays now", f"{record.model} with checkpoint {record.id}")])
+    if found.events:
+        changes = ((time(e.at), e.who, f"{e.kind} {short(e.subject)}", e.action) for e in found.events)
         console.print(table(("when", "who", "what", "change"), changes, ""))
 
 
