@@ -23,5 +23,17 @@ class LoopReplacedError(EngrainError):
     """This process lost its lease: another one improves the model now."""
 
 
+class NothingToRollBackError(UsageError):
+    """There is no checkpoint to go back to, or none to go back from."""
+
+
 class MetricsPortError(UsageError):
     """The port for metrics cannot be opened."""
+
+
+class NothingToCompareError(UsageError):
+    """There is no knowledge and no checkpoint that a game could be compared with."""
+
+
+class NothingSampledError(UsageError):
+    """An episode has no token whose probability could be asked for."""

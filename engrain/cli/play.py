@@ -1,258 +1,255 @@
-"""`engrain play`: watch the agent play a world turn by turn, or play it yourself."""
+"""`engrain play`: watch the agent, play yourself, decide together, or compare; see what the knowledge would change."""
 
 from __future__ import annotations
 
 import io
 import json
+import secrets
+import signal
 import sys
-import time
-from collections.abc import Sequence
-from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.panel import Panel
-from rich.text import Text
 
-from agent.episode import Episode, FinishReason, Message, SamplingParams, StopReason, Turn, episode_id
+from agent.episode import SamplingParams
 from engrain.cli.common import (
     DEFAULT_MODEL,
     AdmissibleOption,
     BaseUrlOption,
     EngineName,
     EngineOption,
-    EnvArgument,
     JsonOption,
     ModelOption,
     OptionsOption,
-    SeedOption,
     StoreOption,
     find_checkpoint,
     find_knowledge,
-    fingerprint,
-    load_checkpoint,
     open_sampler,
     open_store,
-    printable,
     world_options,
 )
-from envs.base import Env, Observation, Split, Step, Task
+from engrain.cli.play_input import Keyboard
+from engrain.cli.play_menu import pick_seat, pick_world
+from engrain.cli.play_screen import Labelled, Plain, Screen
+from engrain.cli.play_sitting import Closer, Sitting
+from engrain.compare import Arm, arms_of, newest_checkpoint, newest_knowledge, parent_of
+from engrain.play import LeftError
+from envs import registry
+from envs.base import Split, Task
 from envs.errors import UsageError
-from envs.registry import make, world
-from memory.records import Knowledge
+from memory.errors import UnknownIdError
+from memory.records import CheckpointRecord, Knowledge
 from memory.store import Store
-
-if TYPE_CHECKING:
-    from agent.engines.base import Engine
 
 
 def command(
-    env: EnvArgument,
+    env: Annotated[
+        str | None,
+        typer.Argument(metavar="[ENV]", help="World: math, textworld, frozenlake, sokoban, or a registered one."),
+    ] = None,
     option: OptionsOption = None,
+    human: Annotated[bool, typer.Option("--human", help="Play yourself, without a model.")] = False,
+    co: Annotated[
+        bool, typer.Option("--co", help="The agent suggests each reply; Enter takes it, or type your own.")
+    ] = False,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="The same games bare, with the knowledge, and distilled.")
+    ] = False,
+    gap: Annotated[
+        bool, typer.Option("--gap", help="Afterwards, how much likelier the knowledge makes each token.")
+    ] = False,
+    why: Annotated[
+        bool, typer.Option("--why", help="Afterwards, which items of the knowledge moved the reply.")
+    ] = False,
     model: ModelOption = DEFAULT_MODEL,
     checkpoint: Annotated[str | None, typer.Option(help="Checkpoint id from the store, or a folder.")] = None,
-    knowledge: Annotated[str | None, typer.Option(help="Knowledge version, its id, or a text file.")] = None,
-    split: Annotated[Split, typer.Option(help="Which tasks.")] = Split.TEST,
-    seed: SeedOption = 0,
+    knowledge: Annotated[
+        str | None, typer.Option("--knowledge", "-k", help="The agent reads it: a version, its id, or a text file.")
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(help="What --gap and --why ask about. Default: --knowledge, else the last round's of this world."),
+    ] = None,
+    split: Annotated[
+        Split | None, typer.Option(help="Which tasks. Default: train, which the next round learns from.")
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            "--seed", min=0, max=2**63 - 1, help="Fixes tasks and sampling. Default: 0; with a person a new one."
+        ),
+    ] = None,
     episodes: Annotated[int, typer.Option("--episodes", "-n", min=1, help="How many tasks to play.")] = 1,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.7,
     max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens a turn.")] = 256,
     admissible: AdmissibleOption = False,
     engine: EngineOption = EngineName.TRANSFORMERS,
     base_url: BaseUrlOption = None,
-    human: Annotated[bool, typer.Option("--human", help="Play yourself.")] = False,
+    plain: Annotated[
+        bool,
+        typer.Option("--plain", envvar="ENGRAIN_PLAIN", help="One fact a line, nothing else: for screen readers."),
+    ] = False,
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Watch the agent play, turn by turn, or play yourself with --human. Episodes go to the store."""
-    if human and as_json:
-        raise UsageError("--human and --json exclude each other: a player needs to see the game")
-    if human and (knowledge or checkpoint):
-        raise UsageError("--human plays without a model: leave out --knowledge and --checkpoint")
-    tasks = world(env, world_options(option)).tasks(split, episodes, seed)
-    console = Console(quiet=as_json, highlight=False)
-    with open_store(store) as opened:
-        if human:
-            played = _play_human(tasks, console, opened)
-        else:
-            text = find_knowledge(knowledge, opened) if knowledge else None
-            weights = find_checkpoint(checkpoint, opened, model) if checkpoint else None
-            sampling = SamplingParams(temperature=temperature, max_tokens=max_tokens, admissible_only=admissible)
-            with open_sampler(model, engine, base_url) as sampler:
-                load_checkpoint(sampler, weights)
-                played = _play_agent(tasks, console, opened, sampler, text, sampling, seed)
+    """Watch the agent play, play yourself, or decide together. Every game is stored for the next round to learn from.
+
+    Without ENV a menu asks. While you play, /help lists what else can be typed; Ctrl-C leaves, and what was played is
+    kept.
+    """
+    _check(human, co, compare, gap or why, against, knowledge or checkpoint, engine, base_url, as_json)
+    screen = _screen(plain, as_json)
+    keyboard = Keyboard(screen, editing=not plain)
+    with _hang_up():
+        try:
+            if env is None:
+                if as_json:
+                    raise UsageError("--json asks nothing: name the world, for instance `engrain play math --json`")
+                env = pick_world(keyboard)
+                if not (human or co or compare or gap or why or knowledge or checkpoint):
+                    seat = pick_seat(keyboard)
+                    human, co = seat == "play", seat == "both"
+        except (LeftError, KeyboardInterrupt):
+            raise typer.Exit from None
+        if seed is None:
+            seed = secrets.randbelow(100_000) if human or co else 0
+        tasks = _tasks(env, world_options(option), split, episodes, seed)
+        with open_store(store) as opened:
+            sitting = Sitting(opened, screen, seed)
+            if human:
+                sitting.by_hand(tasks, keyboard)
+            else:
+                sampling = SamplingParams(temperature=temperature, max_tokens=max_tokens, admissible_only=admissible)
+                weights = find_checkpoint(checkpoint, opened, model) if checkpoint else None
+                text = find_knowledge(knowledge, opened) if knowledge else None
+                if compare:
+                    weights = weights or newest_checkpoint(opened, model, env)
+                    text = text or _taught(opened, weights) or newest_knowledge(opened, model, env)
+                other = find_knowledge(against, opened) if against else None
+                looked_at = _looked_at(opened, model, env, other or text) if gap or why else None
+                parent = parent_of(opened, weights)
+                arms = arms_of(text, weights, parent) if compare else []
+                with open_sampler(model, engine, base_url) as sampler:
+                    closer = None
+                    if looked_at is not None:
+                        from engrain.scoring import Scorer
+
+                        given = against if against else None if text is not looked_at else knowledge
+                        name = _named(looked_at, given)
+                        closer = Closer(Scorer(sampler), looked_at, name, gap, why)  # type: ignore[arg-type]
+                    if compare:
+                        sitting.compare(tasks, sampler, arms, sampling, closer)
+                    else:
+                        arm = Arm(_player(text, knowledge, weights), text, weights)
+                        seats = keyboard if co else None
+                        sitting.with_agent(tasks, sampler, arm, sampling, seats, closer, parent)
     if as_json:
-        typer.echo(json.dumps([episode.model_dump(mode="json") for episode in played], indent=2))
-    elif len(played) > 1:
-        solved = sum(episode.success for episode in played)
-        console.print(f"[bold]{solved} of {len(played)} solved[/]")
+        typer.echo(json.dumps(sitting.facts, indent=2))
+    if sitting.left and not (human or co):
+        raise typer.Exit(130)
 
 
-def _play_agent(
-    tasks: Sequence[Task],
-    console: Console,
-    store: Store,
-    engine: Engine,
-    knowledge: Knowledge | None,
-    sampling: SamplingParams,
-    seed: int,
-) -> list[Episode]:
-    from agent.rollout import play
+def _check(
+    human: bool,
+    co: bool,
+    compare: bool,
+    looks: bool,
+    against: str | None,
+    agent: str | None,
+    engine: EngineName,
+    base_url: list[str] | None,
+    as_json: bool,
+) -> None:
+    """Refuse what does not go together.
 
-    known = knowledge.id if knowledge else None
-    settings = (fingerprint(engine.model), engine.checkpoint, known, sampling.model_dump(), seed)
-
-    def keep(episode: Episode) -> None:
-        store.add_episodes([episode], stage="play")
-        _show_outcome(console, episode)
-
-    return play(
-        tasks,
-        engine,
-        sampling=sampling,
-        namespace=f"play\0{json.dumps(settings)}",
-        knowledge=knowledge.text if knowledge else None,
-        knowledge_id=known,
-        seed=seed,
-        batch=1,  # one game after another, so that it can be followed
-        workers=1,
-        make_env=lambda task: _Shown(make(task), console),
-        on_episode=keep,
-    )
+    Raises:
+        UsageError: naming the two.
+    """
+    ways = [name for name, given in (("--human", human), ("--co", co), ("--compare", compare)) if given]
+    if len(ways) > 1:
+        raise UsageError(f"{ways[0]} and {ways[1]} exclude each other: pick one way to play")
+    if as_json and (human or co):
+        raise UsageError(f"{ways[0]} and --json exclude each other: a player needs to see the game")
+    if human and agent:
+        raise UsageError("--human plays without a model: leave out --knowledge and --checkpoint")
+    if human and looks:
+        raise UsageError("--gap and --why look at what a model sampled, and --human plays without one: try --co")
+    if against and not looks:
+        raise UsageError(f"--against {against} is what --gap and --why ask about: add one of them, or leave it out")
+    if looks and (base_url or engine is not EngineName.TRANSFORMERS):
+        raise UsageError("--gap and --why need the model in this process: leave out --engine and --base-url")
 
 
-class _Shown(Env):
-    """An env that prints what is said on both sides."""
-
-    def __init__(self, env: Env, console: Console) -> None:
-        super().__init__(env.task)
-        self.env = env
-        self.console = console
-        self.system = env.system
-        self.max_turns = env.max_turns
-
-    def reset(self) -> Observation:
-        observation = self.env.reset()
-        self.system, self.max_turns = self.env.system, self.env.max_turns
-        _show_start(self.console, self.env, observation)
-        return observation
-
-    def step(self, text: str) -> Step:
-        _show(self.console, "agent", text, "green")
-        step = self.env.step(text)
-        _show(self.console, "world", step.observation.text, "cyan")
-        return step
-
-    @property
-    def score(self) -> float:
-        return self.env.score
-
-    @property
-    def success(self) -> bool:
-        return self.env.success
-
-    def close(self) -> None:
-        self.env.close()
+def _screen(plain: bool, as_json: bool) -> Screen:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot write a character still shows the rest
+    console = Console(quiet=as_json, highlight=False, no_color=True if plain else None)
+    return Plain(console) if plain else Labelled(console)
 
 
-def _play_human(tasks: Sequence[Task], console: Console, store: Store) -> list[Episode]:
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="replace")  # what is no text is an answer like any other
-    played = []
-    for task in tasks:
-        episode = _human_episode(task, console)
-        store.add_episodes([episode], stage="play")
-        _show_outcome(console, episode)
-        played.append(episode)
-        if episode.stop_reason is StopReason.INTERRUPTED:
-            break
-    return played
-
-
-def _human_episode(task: Task, console: Console) -> Episode:
-    """One episode played at the keyboard: no token ids. Ctrl-D or Ctrl-C ends it."""
-    started, clock = datetime.now(UTC), time.perf_counter()
-    env = make(task)
-    turns: list[Turn] = []
-    reason = StopReason.MAX_TURNS
+def _tasks(env: str, options: dict[str, str], split: Split | None, count: int, seed: int) -> list[Task]:
+    """The tasks of a split; by default training tasks, or test tasks where the world has no others."""
+    world = registry.world(env, options)
+    if split is not None:
+        return world.tasks(split, count, seed)
     try:
-        observation = env.reset()
-        _show_start(console, env, observation)
-        messages = [Message(role="system", content=env.system)] if env.system else []
-        messages.append(Message(role="user", content=observation.text))
-        while len(turns) < env.max_turns:
-            if observation.admissible:
-                console.print(Text("you may: " + " | ".join(observation.admissible), style="dim"))
-            try:
-                text = console.input("[bold green]you>[/] ")
-            except (EOFError, KeyboardInterrupt):
-                console.print()
-                reason = StopReason.INTERRUPTED
-                break
-            before = time.perf_counter()
-            step = env.step(text)
-            turns.append(
-                Turn(
-                    observation=observation.text,
-                    action=text,
-                    start=0,
-                    end=0,
-                    finish_reason=FinishReason.STOP,
-                    reward=step.reward,
-                    feedback=step.feedback,
-                    seconds=time.perf_counter() - before,
-                )
-            )
-            observation = step.observation
-            messages.append(Message(role="assistant", content=text))
-            if observation.text:
-                messages.append(Message(role="user", content=observation.text))
-            _show(console, "world", observation.text, "cyan")
-            if step.done:
-                reason = StopReason.DONE
-                break
-        return Episode(
-            id=episode_id(f"human\0{started.isoformat()}", task),
-            task=task,
-            messages=tuple(messages),
-            turns=tuple(turns),
-            token_ids=(),
-            prompt_length=0,
-            loss_mask=(),
-            logprobs=(),
-            reward=sum(turn.reward for turn in turns),
-            score=env.score,
-            success=env.success,
-            feedback="\n".join(dict.fromkeys(turn.feedback for turn in turns if turn.feedback)),
-            stop_reason=reason,
-            model="human",
-            sampling=SamplingParams(),
-            started_at=started,
-            seconds=time.perf_counter() - clock,
-            human=True,
+        return world.tasks(Split.TRAIN, count, seed)
+    except UsageError:
+        with suppress(UsageError):
+            return world.tasks(Split.TEST, count, seed)
+        raise
+
+
+def _taught(store: Store, checkpoint: CheckpointRecord | None) -> Knowledge | None:
+    """What a checkpoint was taught, if that is still known."""
+    if checkpoint is None or checkpoint.knowledge is None:
+        return None
+    try:
+        return store.knowledge(checkpoint.knowledge)
+    except UnknownIdError:
+        return None
+
+
+def _looked_at(store: Store, model: str, env: str, given: Knowledge | None) -> Knowledge:
+    found = given or newest_knowledge(store, model, env)
+    if found is None:
+        raise UsageError(
+            f"--gap and --why compare with a knowledge, and no round of {model} has chosen one for {env}: "
+            "pass --knowledge FILE (the agent reads it) or --against FILE (it does not)"
         )
+    return found
+
+
+def _named(knowledge: Knowledge, given: str | None) -> str:
+    """What people call a text."""
+    if knowledge.version is not None:
+        return f"knowledge {knowledge.version}"
+    return Path(given).name if given else "the knowledge"
+
+
+def _player(knowledge: Knowledge | None, given: str | None, checkpoint: CheckpointRecord | None) -> str:
+    parts = [f"checkpoint {checkpoint.id[:10]}"] if checkpoint else []
+    parts += [f"with {_named(knowledge, given)}"] if knowledge else []
+    return ", ".join(parts) or "bare"
+
+
+@contextmanager
+def _hang_up() -> Iterator[None]:
+    """A time in which a connection that breaks (SIGHUP) ends the process by unwinding, so that the game is kept."""
+
+    def ended(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    try:
+        before = signal.signal(signal.SIGHUP, ended)
+    except (AttributeError, ValueError):  # no such signal here, or not the main thread
+        yield
+        return
+    try:
+        yield
     finally:
-        env.close()
-
-
-def _show(console: Console, who: str, text: str, colour: str) -> None:
-    if text:
-        console.print(Panel(Text(printable(text)), title=who, title_align="left", border_style=colour))
-
-
-def _show_start(console: Console, env: Env, observation: Observation) -> None:
-    console.rule(f"{env.task.env} {env.task.id[-8:]} ({env.task.split})")
-    _show(console, "rules", env.system, "dim")
-    _show(console, "world", observation.text, "cyan")
-
-
-def _show_outcome(console: Console, episode: Episode) -> None:
-    _show(console, "feedback", episode.feedback, "yellow")
-    if episode.error:
-        console.print(Text(f"{episode.stop_reason}: {printable(episode.error)}", style="red"))
-    verdict = "[bold green]solved[/]" if episode.success else "[bold red]not solved[/]"
-    console.print(
-        f"{verdict}  score {episode.score:.2f}  {len(episode.turns)} turns  {episode.seconds:.1f} s  "
-        f"[dim]{episode.id[:10]}[/]"
-    )
+        signal.signal(signal.SIGHUP, before)

@@ -1,0 +1,261 @@
+"""Games one after another: who chooses, what is stored, and what is looked at afterwards."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from agent.engines.base import Completion, Engine
+from agent.episode import Episode, SamplingParams, StopReason
+from agent.game import Plan
+from agent.renderer import Renderer
+from engrain.cli.common import fingerprint
+from engrain.cli.play_input import Keyboard
+from engrain.cli.play_screen import Screen, count
+from engrain.cli.play_views import show_comparison, show_gap, show_influence, show_totals
+from engrain.compare import Arm
+from engrain.influence import MOST_ITEMS, influence, parts
+from engrain.play import AgentMatch, HumanMatch, Match, play_match, solved
+from engrain.tokengap import token_gap
+from envs.base import Step, Task
+from memory.records import CheckpointRecord, Knowledge
+from memory.store import Store
+
+if TYPE_CHECKING:
+    from agent.episode import Turn
+    from engrain.scoring import Scorer
+
+
+@dataclass(frozen=True)
+class Closer:
+    """What is looked at after each of the agent's games.
+
+    `against` is the text that the teacher reads and whose items are left out; `name` is what people call it.
+    """
+
+    scorer: Scorer
+    against: Knowledge
+    name: str
+    gap: bool = False
+    why: bool = False
+
+
+@dataclass
+class Sitting:
+    """One run of `engrain play`.
+
+    `facts` is what `--json` prints; `left` says that the person went away in the middle.
+    """
+
+    store: Store
+    screen: Screen
+    seed: int
+    facts: list[dict[str, Any]] = field(default_factory=list)
+    left: bool = False
+
+    # -- ways to play -----------------------------------------------------------------------------------------------
+
+    def by_hand(self, tasks: Sequence[Task], keyboard: Keyboard) -> None:
+        """A person plays, without a model."""
+
+        def choose(match: Match) -> str:
+            return keyboard.reply(match) or ""
+
+        played = []
+        self.screen.seated = True
+        for task in tasks:
+            self.screen.opening(task, self.seed, "you play")
+            episode = self._play(HumanMatch(task), choose, self.screen)
+            if episode is None or self.left:
+                break
+            played.append(episode)
+        self._total(played)
+
+    def with_agent(
+        self,
+        tasks: Sequence[Task],
+        engine: Engine,
+        arm: Arm,
+        sampling: SamplingParams,
+        keyboard: Keyboard | None = None,
+        closer: Closer | None = None,
+        teacher: CheckpointRecord | None = None,
+    ) -> None:
+        """The agent plays; with a keyboard it suggests and a person decides."""
+        load(engine, arm.checkpoint)
+        self.screen.seated = keyboard is not None
+        who = "the agent suggests, you decide" if keyboard else "the agent plays"
+        played = []
+        for task in tasks:
+            self.screen.opening(task, self.seed, f"{who} ({engine.model}, {arm.name})")
+            match = AgentMatch(task, self._plan(engine, arm, sampling), self._namespace(engine, arm, sampling))
+            episode = self._play(match, self._chooser(keyboard), self.screen)
+            if episode is None:
+                break
+            found = {} if self.left else self._closer(episode, closer, arm, teacher)
+            self.facts.append({**episode.model_dump(mode="json"), **found})
+            played.append(episode)
+            if self.left:
+                break
+        self._total(played)
+
+    def compare(
+        self,
+        tasks: Sequence[Task],
+        engine: Engine,
+        arms: Sequence[Arm],
+        sampling: SamplingParams,
+        closer: Closer | None = None,
+    ) -> None:
+        """Every task by all arms."""
+        shown: list[list[tuple[str, Episode]]] = []
+        for task in tasks:
+            self.screen.opening(task, self.seed, f"{' / '.join(arm.name for arm in arms)} ({engine.model})")
+            found: list[tuple[str, Episode]] = []
+            more: dict[str, dict[str, Any]] = {}
+            for arm in arms:
+                with self.screen.waiting(f"loading the weights of {arm.name}"):
+                    load(engine, arm.checkpoint)
+                match = AgentMatch(task, self._plan(engine, arm, sampling), self._namespace(engine, arm, sampling))
+                watcher = _Quietly(self.screen, first=arm is arms[0])
+                episode = self._play(match, self._chooser(None, arm.name), watcher)
+                if episode is None or self.left:
+                    break
+                found.append((arm.name, episode))
+            show_comparison(self.screen, found)
+            if not self.left:
+                for arm, (name, episode) in zip(arms, found, strict=True):
+                    load(engine, arm.checkpoint)
+                    more[name] = self._closer(episode, closer, arm, arms[0].checkpoint, one_of_many=True)
+            arms_facts = {name: {**e.model_dump(mode="json"), **more.get(name, {})} for name, e in found}
+            self.facts.append({"task": task.id, "seed": self.seed, "arms": arms_facts})
+            if self.left:
+                break
+            shown.append(found)
+        show_totals(self.screen, shown)
+
+    # -- parts ------------------------------------------------------------------------------------------------------
+
+    def _play(self, match: Match, choose: Callable[[Match], str | Completion], watcher: Any) -> Episode | None:
+        new = 0
+
+        def keep(episode: Episode) -> None:
+            nonlocal new
+            new = self.store.add_episodes([episode], stage="play")
+
+        episode = play_match(match, choose, watcher, keep)
+        self.left = self.left or episode is None or episode.stop_reason is StopReason.INTERRUPTED
+        if episode is None:
+            self.screen.facts("left before a word was said", "nothing to store", style="dim")
+        elif watcher is self.screen or self.left:
+            self.screen.over(episode, bool(new))
+        return episode
+
+    def _total(self, played: Sequence[Episode]) -> None:
+        if len(played) > 1:
+            self.screen.heading(f"{solved(played)} of {len(played)} solved")
+
+    def _chooser(self, keyboard: Keyboard | None, name: str = "the agent") -> Callable[[Match], str | Completion]:
+        def choose(match: Match) -> str | Completion:
+            assert isinstance(match, AgentMatch)  # noqa: S101 - made above
+            with self.screen.waiting(f"{name} thinks, turn {len(match.turns) + 1} of {match.max_turns}"):
+                suggestion = match.suggest()
+            if keyboard is None:
+                return suggestion
+            text = match.text_of(suggestion)
+            self.screen.say("agent", text or "(nothing)", "Enter takes it, or type your own, or /help")
+            own = keyboard.reply(match, text)
+            return suggestion if own is None else own
+
+        return choose
+
+    def _closer(
+        self,
+        episode: Episode,
+        closer: Closer | None,
+        arm: Arm,
+        teacher: CheckpointRecord | None,
+        *,
+        one_of_many: bool = False,
+    ) -> dict[str, Any]:
+        """The views that were asked for, of one finished game; what they found, for JSON.
+
+        Of the arms of a comparison only the one that read the knowledge is asked which items moved it.
+        """
+        if closer is None or not any(any(episode.loss_mask[t.start : t.end]) for t in episode.turns):
+            return {}
+        found: dict[str, Any] = {}
+        who = arm.name if one_of_many else "the agent"
+        try:
+            if closer.gap:
+                with self.screen.waiting("scoring with and without the knowledge, 2 forwards"):
+                    gaps = token_gap(
+                        closer.scorer,
+                        episode,
+                        closer.against.text,
+                        lambda: _teaching(closer.scorer.engine, teacher, arm.checkpoint),
+                    )
+                show_gap(self.screen, gaps, closer.name, who)
+                found["gap"] = [gap.facts() for gap in gaps]
+            if closer.why and (arm.knowledge is not None or not one_of_many):
+                forwards = 1 + min(MOST_ITEMS, len(parts(closer.against)))
+                with self.screen.waiting(f"leaving out one item after another, {count(forwards, 'forward')}"):
+                    moved = influence(closer.scorer, episode, closer.against)
+                show_influence(self.screen, moved, closer.name, who)
+                found["influence"] = moved.facts()
+        except KeyboardInterrupt:
+            self.left = True
+        return found
+
+    def _plan(self, engine: Engine, arm: Arm, sampling: SamplingParams) -> Plan:
+        return Plan(
+            engine=engine,
+            renderer=Renderer(engine.tokenizer),
+            sampling=sampling.model_copy(update={"seed": self.seed}),
+            knowledge=arm.knowledge.text if arm.knowledge else None,
+            knowledge_id=arm.knowledge.id if arm.knowledge else None,
+        )
+
+    def _namespace(self, engine: Engine, arm: Arm, sampling: SamplingParams) -> str:
+        """The same game again is the same episode."""
+        known = arm.knowledge.id if arm.knowledge else None
+        settings = (fingerprint(engine.model), engine.checkpoint, known, sampling.model_dump(), self.seed)
+        return f"play\0{json.dumps(settings)}"
+
+
+class _Quietly:
+    """Shows only how a game begins, and that if it is the first of several on one task."""
+
+    def __init__(self, screen: Screen, *, first: bool) -> None:
+        self._screen, self._first = screen, first
+        self.waiting = screen.waiting
+
+    def begun(self, match: Match) -> None:
+        if self._first:
+            self._screen.say("rules", match.system)
+            self._screen.say("world", match.observation.text)
+
+    def moved(self, match: Match, turn: Turn, step: Step, seconds: float, human: bool) -> None:
+        """Shown when all have played."""
+
+
+def load(engine: Engine, checkpoint: CheckpointRecord | None) -> None:
+    """Let the engine sample from these weights, unless it does already; None is the base model."""
+    wanted = checkpoint.id if checkpoint else None
+    if engine.checkpoint != wanted:
+        engine.load(Path(checkpoint.path) if checkpoint else None)
+        engine.checkpoint = wanted
+
+
+@contextmanager
+def _teaching(engine: Engine, teacher: CheckpointRecord | None, student: CheckpointRecord | None) -> Iterator[None]:
+    """A time in which the engine has the teacher's weights; the student's own afterwards."""
+    load(engine, teacher)
+    try:
+        yield
+    finally:
+        load(engine, student)

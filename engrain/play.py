@@ -1,0 +1,405 @@
+"""One game in the foreground: the agent plays, a person plays, or the agent suggests and a person decides.
+
+Whoever chooses the replies, an `Episode` comes of it that the next round can learn from. Where a model takes part the
+conversation is kept as ids, as in every rollout: what it sampled is marked as sampled, and a person's words stand
+there as ids that are read and never trained on (`human_turns` tells them apart). A game that is left in the middle is
+an episode too, with what was played until then.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from datetime import UTC, datetime
+from queue import SimpleQueue
+from typing import Any, Protocol
+
+from agent.engines.base import Completion
+from agent.episode import Episode, FinishReason, Message, SamplingParams, StopReason, Turn, episode_id
+from agent.errors import ContextLengthError
+from agent.game import Game, Plan
+from agent.scheduler import describe
+from agent.workers import RemoteEnv, forget, shared_workers
+from envs import registry
+from envs.base import Env, Observation, Step, Task
+from envs.errors import EngrainError
+
+MakeEnv = Callable[[Task], Env]
+
+#: The most seconds that one step of a world in a worker process may take.
+_TURN_SECONDS = 120.0
+
+
+class LeftError(Exception):
+    """The person at the keyboard leaves the game."""
+
+
+class NoRoomError(Exception):
+    """The next prompt does not fit; the message says what limits it."""
+
+
+class WorldError(Exception):
+    """The world broke down over a call; the message is its error."""
+
+
+class Match:
+    """One task played turn by turn: `begin`, then `play` until `ended`; `episode` at any time.
+
+    Args:
+        task: what is played.
+        make_env: builds its env.
+    """
+
+    def __init__(self, task: Task, make_env: MakeEnv | None = None) -> None:
+        self.task = task
+        self.ended: StopReason | None = None
+        self.turns: list[Turn] = []
+        self._make_env = make_env or open_env
+        self._env: Env | None = None
+        self._observation = Observation("")
+
+    @property
+    def observation(self) -> Observation:
+        """What the world said last."""
+        return self._observation
+
+    @property
+    def system(self) -> str:
+        """The world's instructions, "" for none; known after `begin`."""
+        return self._env.system if self._env else ""
+
+    @property
+    def max_turns(self) -> int:
+        """The most replies; known after `begin`."""
+        return self._env.max_turns if self._env else 1
+
+    @property
+    def begun(self) -> bool:
+        """Whether anything was said, so that there is something to keep."""
+        return bool(self.turns)
+
+    def begin(self) -> Observation:
+        """Start the world.
+
+        Raises:
+            WorldError: it does not start.
+        """
+        with _world():
+            self._env = self._make_env(self.task)
+            self._observation = self._env.reset()
+        return self._observation
+
+    def play(self, reply: str | Completion) -> Step:
+        """Say a reply, and hear the world's answer.
+
+        Raises:
+            WorldError: the world broke down over it.
+        """
+        raise NotImplementedError
+
+    def episode(self, reason: StopReason, error: str | None = None) -> Episode:
+        """The episode as it is kept."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Free the world."""
+        forget([self._env])
+
+    def _step(self, text: str) -> tuple[Step, float]:
+        assert self._env is not None  # noqa: S101
+        before = time.perf_counter()
+        with _world():
+            step = self._env.step(text)
+        self._observation = step.observation
+        return step, time.perf_counter() - before
+
+
+class HumanMatch(Match):
+    """A person plays alone: no model, no ids."""
+
+    def __init__(self, task: Task, make_env: MakeEnv | None = None) -> None:
+        super().__init__(task, make_env)
+        self._started, self._clock = datetime.now(UTC), time.perf_counter()
+        self._messages: list[Message] = []
+
+    def begin(self) -> Observation:
+        """Start the world."""
+        observation = super().begin()
+        self._messages = [Message(role="system", content=self.system)] if self.system else []
+        self._messages.append(Message(role="user", content=observation.text))
+        return observation
+
+    def play(self, reply: str | Completion) -> Step:
+        """Say a reply, and hear the world's answer."""
+        assert isinstance(reply, str)  # noqa: S101 - nobody else is here
+        before = self.observation.text
+        step, seconds = self._step(reply)
+        self.turns.append(
+            Turn(
+                observation=before,
+                action=reply,
+                start=0,
+                end=0,
+                finish_reason=FinishReason.STOP,
+                reward=step.reward,
+                feedback=step.feedback,
+                seconds=seconds,
+            )
+        )
+        self._messages.append(Message(role="assistant", content=reply))
+        if step.observation.text:
+            self._messages.append(Message(role="user", content=step.observation.text))
+        if step.done:
+            self.ended = StopReason.DONE
+        elif len(self.turns) >= self.max_turns:
+            self.ended = StopReason.MAX_TURNS
+        return step
+
+    def episode(self, reason: StopReason, error: str | None = None) -> Episode:
+        """The episode as it is kept: text only."""
+        return Episode(
+            id=episode_id(f"human\0{self._started.isoformat()}", self.task),
+            task=self.task,
+            messages=tuple(self._messages),
+            turns=tuple(self.turns),
+            token_ids=(),
+            prompt_length=0,
+            loss_mask=(),
+            logprobs=(),
+            reward=sum(turn.reward for turn in self.turns),
+            score=self._env.score if self._env else 0.0,
+            success=self._env.success if self._env else False,
+            feedback="\n".join(dict.fromkeys(turn.feedback for turn in self.turns if turn.feedback)),
+            stop_reason=reason,
+            error=error,
+            model="human",
+            sampling=SamplingParams(),
+            started_at=self._started,
+            seconds=time.perf_counter() - self._clock,
+            human=True,
+        )
+
+
+class AgentMatch(Match):
+    """A model takes part: it plays, or suggests replies that a person may replace.
+
+    Args:
+        task: what is played.
+        plan: engine, renderer, sampling and knowledge.
+        namespace: what the episode's id is derived from. A game that a person took part in, or that was left, is like
+            no other, so its id is derived from the time too.
+        make_env: builds the env.
+    """
+
+    def __init__(self, task: Task, plan: Plan, namespace: str, make_env: MakeEnv | None = None) -> None:
+        super().__init__(task, make_env)
+        self.plan = plan
+        self._namespace = namespace
+        self._game = Game(plan, 0, episode_id(namespace, task), task, 0)
+        self._by_hand = False
+
+    @property
+    def begun(self) -> bool:
+        """Whether anything was said."""
+        return bool(self._game.conversation and any(m.role == "assistant" for m in self._game.conversation.messages))
+
+    def begin(self) -> Observation:
+        """Start the world."""
+        self._game.started_at, self._game.clock = datetime.now(UTC), time.perf_counter()
+        observation = super().begin()
+        self._game.system, self._game.max_turns = self.system, self.max_turns
+        self._game.begin(observation)
+        return observation
+
+    def suggest(self) -> Completion:
+        """What the model says next; once a turn, before `play`.
+
+        Raises:
+            NoRoomError: the next prompt leaves no room for a reply.
+            EngrainError: the engine failed.
+        """
+        request = self._game.request()
+        if isinstance(request, str):
+            raise NoRoomError(request)
+        try:
+            return self.plan.engine.generate([self._game.prompt], [request])[0]
+        except ContextLengthError as error:
+            raise NoRoomError(str(error)) from error
+
+    def text_of(self, suggestion: Completion) -> str:
+        """A suggestion as text."""
+        return self.plan.renderer.decode(suggestion.token_ids)
+
+    def play(self, reply: str | Completion) -> Step:
+        """Say what was suggested, or a person's own words, and hear the world's answer."""
+        if isinstance(reply, str):
+            self._by_hand = True
+            ids = self.plan.renderer.reencode(reply, ended=True)
+            reply = Completion(tuple(ids), (0.0,) * len(ids), FinishReason.STOP, exact=False)
+        text = self._game.say(reply)
+        step, seconds = self._step(text)
+        assert self._env is not None  # noqa: S101
+        self._game.score, self._game.success = self._env.score, self._env.success
+        self.ended = self._game.hear(step, seconds)
+        self.turns.append(self._game.turns[-1])
+        return step
+
+    def episode(self, reason: StopReason, error: str | None = None) -> Episode:
+        """The episode as it is kept."""
+        episode = self._game.episode(reason, error)
+        if not self._by_hand and reason is not StopReason.INTERRUPTED:
+            return episode
+        alone = episode_id(f"{self._namespace}\0{self._game.started_at.isoformat()}", self.task)
+        return episode.model_copy(update={"id": alone, "human": self._by_hand})
+
+
+def human_turns(episode: Episode) -> tuple[bool, ...]:
+    """For each turn whether a person chose its words.
+
+    In an episode with a person (`Episode.human`) those are the turns of which nothing was sampled.
+    """
+    return tuple(episode.human and not any(episode.loss_mask[t.start : t.end]) for t in episode.turns)
+
+
+class Watcher(Protocol):
+    """Is shown a game as it goes."""
+
+    def begun(self, match: Match) -> None:
+        """The world has spoken first."""
+
+    def waiting(self, what: str) -> AbstractContextManager[Any]:
+        """A time in which `what` is done and nobody can do anything else."""
+
+    def moved(self, match: Match, turn: Turn, step: Step, seconds: float, human: bool) -> None:
+        """A reply was given and answered; `seconds` is what choosing it took."""
+
+
+#: Chooses the next reply: the engine's own as it was sampled, or a person's words. May raise `LeftError`.
+Choose = Callable[[Match], str | Completion]
+
+
+def play_match(match: Match, choose: Choose, watcher: Watcher, keep: Callable[[Episode], None]) -> Episode | None:
+    """Play a match to its end and keep its episode; None where it was left before anything was said.
+
+    A game that is left (Ctrl-C, end of input, `LeftError`) is kept as interrupted. What else ends the process (a
+    signal, a broken engine) goes on after the episode was kept.
+
+    Raises:
+        EngrainError: the engine failed.
+    """
+    error: str | None = None
+    cause: BaseException | None = None
+    try:
+        reason = _turns(match, choose, watcher)
+    except (LeftError, KeyboardInterrupt, EOFError):
+        reason = StopReason.INTERRUPTED
+    except NoRoomError as limit:
+        reason, error = StopReason.LENGTH, str(limit)
+    except WorldError as broken:
+        reason, error = StopReason.ERROR, str(broken)
+    except EngrainError as failed:
+        reason, error, cause = StopReason.ERROR, describe(failed), failed
+    except BaseException as ending:  # a signal's SystemExit, a terminal that is gone: kept first
+        reason, cause = StopReason.INTERRUPTED, ending
+    episode: Episode | None = None
+    with uninterrupted():
+        if match.begun or reason in (StopReason.ERROR, StopReason.LENGTH):
+            episode = match.episode(reason, error)
+            keep(episode)
+        match.close()
+    if cause is not None:
+        raise cause
+    return episode
+
+
+def _turns(match: Match, choose: Choose, watcher: Watcher) -> StopReason:
+    with watcher.waiting("starting the world"):
+        match.begin()
+    watcher.begun(match)
+    while match.ended is None:
+        before = time.perf_counter()
+        reply = choose(match)
+        seconds = time.perf_counter() - before
+        step = match.play(reply)
+        watcher.moved(match, match.turns[-1], step, seconds, isinstance(reply, str))
+    return match.ended
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """A short time in which Ctrl-C waits, so that what was played is stored; it comes after."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    waiting: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: waiting.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if waiting:
+        raise KeyboardInterrupt
+
+
+def open_env(task: Task) -> Env:
+    """The task's env, in a worker process where its world may crash or hang."""
+    return _Elsewhere(task) if registry.isolated(task) else registry.make(task)
+
+
+class _Elsewhere(Env):
+    """An env in a worker process, called from here as if it were here."""
+
+    def __init__(self, task: Task) -> None:
+        super().__init__(task)
+        self._env = RemoteEnv(task, _TURN_SECONDS)
+
+    def reset(self) -> Observation:
+        observation: Observation = self._there(self._env.reset)
+        self.system, self.max_turns = self._env.system, self._env.max_turns
+        return observation
+
+    def step(self, text: str) -> Step:
+        step: Step = self._there(lambda: self._env.step(text))
+        return step
+
+    @property
+    def score(self) -> float:
+        return self._env.score
+
+    @property
+    def success(self) -> bool:
+        return self._env.success
+
+    def close(self) -> None:
+        self._env.close()
+
+    def _there(self, call: Callable[[], Any]) -> Any:
+        answers: SimpleQueue[tuple[Any, Exception | None]] = SimpleQueue()
+
+        def work() -> None:
+            try:
+                answers.put((call(), None))
+            except Exception as error:
+                answers.put((None, error))
+
+        shared_workers().submit(self._env, work)
+        answer, error = answers.get()
+        if error is not None:
+            raise error
+        return answer
+
+
+@contextmanager
+def _world() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise WorldError(describe(error)) from error
+
+
+def solved(episodes: Sequence[Episode]) -> int:
+    """How many count as solved."""
+    return sum(episode.success for episode in episodes)
