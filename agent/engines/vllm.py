@@ -89,6 +89,8 @@ class VllmEngine:
             "logprobs_mode": "raw_logprobs",
             "enable_prefix_caching": True,
             "block_size": _BLOCK.get(device.type),
+            # On a CPU prompts are read whole: vLLM cannot take back what a seeded request sampled after a part of one.
+            "enable_chunked_prefill": False if on_cpu else None,
             "max_num_seqs": max_batch,
             "max_model_len": max_context,
             "kv_cache_memory_bytes": cache_bytes or (_CPU_CACHE if on_cpu else None),

@@ -69,7 +69,7 @@ class Supervised:
         command += ["--model", str(self._folder), "--host", "127.0.0.1", "--port", str(self.port)]
         command += ["--served-model-name", "smollm2-135m", "--dtype", "float32", "--max-model-len", "1024"]
         command += ["--enable-lora", "--max-lora-rank", "8", "--max-num-seqs", "16", "--enforce-eager"]
-        command += ["--enable-prompt-tokens-details"]
+        command += ["--enable-prompt-tokens-details", "--no-enable-chunked-prefill"]
         environment = os.environ | {
             "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
             "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -204,6 +204,14 @@ def test_log_probabilities_are_those_of_the_untempered_model(engine: ServerEngin
     prompts = prompts_of(engine)
     again = [engine.generate([prompt], [sampling])[0].token_ids for prompt in prompts[:2]]
     assert again == [engine.generate([prompt], [sampling])[0].token_ids for prompt in prompts[:2]]
+
+
+def test_seeded_prompts_of_more_tokens_than_one_pass_takes(engine: ServerEngine) -> None:
+    texts = (f"{number} and then " * 130 for number in range(6))
+    prompts = [engine.renderer.prompt([Message(role="user", content=text)]) for text in texts]
+    assert sum(map(len, prompts)) > 2500  # vLLM's own limit of a pass is 2048 tokens
+    completions = engine.generate(prompts, [SamplingParams(max_tokens=2, seed=seed) for seed in range(6)])
+    assert all(completion.token_ids for completion in completions)
 
 
 def test_a_second_turn_finds_its_first_in_the_cache(engine: ServerEngine) -> None:

@@ -147,6 +147,14 @@ def test_prompts_that_begin_alike_are_cached(engine: VllmEngine) -> None:
     assert engine.generate([turn], [GREEDY])[0].cached_tokens >= len(first) - 32
 
 
+def test_seeded_prompts_of_more_tokens_than_one_pass_takes(engine: VllmEngine) -> None:
+    prompts = prompts_of(engine, *(f"{number} and then " * 130 for number in range(6)))
+    assert sum(map(len, prompts)) > 2500  # vLLM's own limit of a pass is 2048 tokens
+    sampling = [SamplingParams(max_tokens=2, seed=seed) for seed in range(6)]
+    together = engine.generate(prompts, sampling)
+    assert engine.generate(prompts[-1:], sampling[-1:])[0].token_ids == together[-1].token_ids
+
+
 def test_requests_come_and_go_while_others_run(engine: VllmEngine) -> None:
     prompts = prompts_of(engine, *QUESTIONS)
     long = engine.submit(prompts[0], SamplingParams(temperature=0.0, max_tokens=24))
