@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime
-from queue import SimpleQueue
 from typing import Any, Protocol
 
 from agent.engines.base import Completion
@@ -22,15 +21,12 @@ from agent.episode import Episode, FinishReason, Message, SamplingParams, StopRe
 from agent.errors import ContextLengthError
 from agent.game import Game, Plan
 from agent.scheduler import describe
-from agent.workers import RemoteEnv, forget, shared_workers
-from envs import registry
+from agent.workers import forget
+from engrain.nearby import open_env
 from envs.base import Env, Observation, Step, Task
 from envs.errors import EngrainError
 
 MakeEnv = Callable[[Task], Env]
-
-#: The most seconds that one step of a world in a worker process may take.
-_TURN_SECONDS = 120.0
 
 
 class LeftError(Exception):
@@ -342,54 +338,6 @@ def uninterrupted() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
     if waiting:
         raise KeyboardInterrupt
-
-
-def open_env(task: Task) -> Env:
-    """The task's env, in a worker process where its world may crash or hang."""
-    return _Elsewhere(task) if registry.isolated(task) else registry.make(task)
-
-
-class _Elsewhere(Env):
-    """An env in a worker process, called from here as if it were here."""
-
-    def __init__(self, task: Task) -> None:
-        super().__init__(task)
-        self._env = RemoteEnv(task, _TURN_SECONDS)
-
-    def reset(self) -> Observation:
-        observation: Observation = self._there(self._env.reset)
-        self.system, self.max_turns = self._env.system, self._env.max_turns
-        return observation
-
-    def step(self, text: str) -> Step:
-        step: Step = self._there(lambda: self._env.step(text))
-        return step
-
-    @property
-    def score(self) -> float:
-        return self._env.score
-
-    @property
-    def success(self) -> bool:
-        return self._env.success
-
-    def close(self) -> None:
-        self._env.close()
-
-    def _there(self, call: Callable[[], Any]) -> Any:
-        answers: SimpleQueue[tuple[Any, Exception | None]] = SimpleQueue()
-
-        def work() -> None:
-            try:
-                answers.put((call(), None))
-            except Exception as error:
-                answers.put((None, error))
-
-        shared_workers().submit(self._env, work)
-        answer, error = answers.get()
-        if error is not None:
-            raise error
-        return answer
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from engrain.cli.common import fingerprint
 from envs import registry
 from envs.base import Split
 from envs.math import MathEnv
+from envs.splits import split_of
 from memory.store import Store
 
 WORLD = ("math", "-o", "convention=answer_tag")
@@ -47,17 +48,18 @@ def stored(engrain_home: Path) -> Store:
 
 
 def answers(count: int) -> list[str]:
-    tasks = registry.world("math", {"convention": "answer_tag"}).tasks(Split.TEST, count)
+    tasks = registry.world("math", {"convention": "answer_tag"}).tasks(Split.TRAIN, count, 7)
     return [str(task.parameters["answer"]) for task in tasks]
 
 
 def test_a_person_plays_at_the_keyboard(engrain_home: Path) -> None:
     first, second = answers(2)
-    shown = output("play", *WORLD, "--human", "-n", "2", typed=f"<answer>{first}</answer>\n{second}\n")
+    shown = output("play", *WORLD, "--human", "-n", "2", "--seed", "7", typed=f"<answer>{first}</answer>\n{second}\n")
     assert "Counted. Correct." in shown
     assert "only read in this form: <answer>12</answer>" in shown
     assert "1 of 2 solved" in shown
     with stored(engrain_home) as store:
+        assert store.arrivals("math") == 2  # a loop that waits for new training episodes counts them
         right, wrong = sorted(store.episodes(), key=lambda episode: not episode.success)
     assert (right.success, wrong.success) == (True, False)
     assert all(episode.human and episode.model == "human" and not episode.token_ids for episode in (right, wrong))
@@ -65,11 +67,52 @@ def test_a_person_plays_at_the_keyboard(engrain_home: Path) -> None:
 
 
 def test_the_end_of_the_input_ends_the_game(engrain_home: Path) -> None:
-    assert "not solved" in output("play", *WORLD, "--human", "-n", "3", typed="")
+    shown = output("play", "frozenlake", "--human", "-n", "3", typed="")
+    assert "nothing to store" in shown
+    assert "left unfinished" in output("play", "frozenlake", "--human", "-n", "3", typed="[up]\n")
     with stored(engrain_home) as store:
         (episode,) = store.episodes()
     assert episode.stop_reason == "interrupted"
-    assert episode.turns == ()
+    assert [turn.action for turn in episode.turns] == ["[up]"]
+
+
+def test_every_game_of_a_person_is_another(engrain_home: Path) -> None:
+    for _ in range(2):
+        output("play", *WORLD, "--human", typed="1\n")
+    with stored(engrain_home) as store:
+        assert len({episode.task.id for episode in store.episodes()}) == 2
+
+
+def test_a_world_without_training_tasks_is_played_on_test_tasks(engrain_home: Path, tmp_path: Path) -> None:
+    text = next(t for t in (f"What is {i} + 1?" for i in range(1000)) if split_of(t) is Split.TEST)
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text(json.dumps({"question": text, "answer": "1"}) + "\n")
+    shown = output("play", "math", "-o", f"data={questions}", "--human", typed="2\n")
+    assert text in shown
+    assert "a test task, which no round learns from" in shown
+    with stored(engrain_home) as store:
+        assert store.arrivals("math") == 0
+
+
+def test_what_does_not_go_together_is_one_line() -> None:
+    for words, said in (
+        (("--human", "--co"), "exclude each other"),
+        (("--co", "--compare"), "exclude each other"),
+        (("--co", "--json"), "a player needs to see the game"),
+        (("--human", "--gap"), "--human plays without one"),
+        (("--against", "3"), "--against 3 is what --gap and --why ask about"),
+        (("--gap", "--base-url", "http://x/v1"), "need the model in this process"),
+        (("--gap",), "no round of qwen2.5-coder-0.5b has chosen one for math"),
+        (("--compare",), "there is nothing to compare the bare model with"),
+    ):
+        result = run("play", "math", *words)
+        assert result.exit_code == 2, result.output
+        assert said in result.stderr
+        assert len(result.stderr.strip().splitlines()) == 1
+    nameless = run("play", typed="")
+    assert nameless.exit_code == 2
+    assert "no world was named" in nameless.stderr
+    assert "name the world" in run("play", "--json").stderr
 
 
 def test_bytes_that_are_no_text_are_an_answer_like_any_other(engrain_home: Path) -> None:
@@ -152,6 +195,21 @@ def test_a_text_is_distilled_and_its_checkpoint_measured(tiny_folder: Path, tmp_
         output("play", *WORLD, "-m", str(tiny_folder), "--max-tokens", "4", "--checkpoint", str(folder), "--json")
     )
     assert played[0]["checkpoint"] == manifest["id"]
+    sizes = ("-m", str(tiny_folder), "--max-tokens", "4", "-k", str(text), "--checkpoint", str(folder))
+    (compared,) = json.loads(output("play", *WORLD, *sizes, "--compare", "--gap", "--why", "--json"))
+    arms = compared["arms"]
+    assert [(name, arm["checkpoint"], bool(arm["knowledge"])) for name, arm in arms.items()] == [
+        ("bare", None, False),
+        ("with knowledge", None, True),
+        ("distilled", manifest["id"], False),
+    ]
+    assert {arm["task"]["id"] for arm in arms.values()} == {compared["task"]}
+    assert [arm.get("influence", {}).get("forwards") for arm in arms.values()] == [None, 2, None]
+    tokens = {name: arm["gap"][0]["tokens"] for name, arm in arms.items()}
+    assert all(len(tokens[name]) == 4 for name in arms)
+    distilled = [token["student"] for token in tokens["distilled"]]
+    own = [p for p, mark in zip(arms["distilled"]["logprobs"], arms["distilled"]["loss_mask"], strict=True) if mark]
+    assert distilled == pytest.approx(own, abs=1e-3)  # the student's weights played; the teacher's are the base model's
     refused = run("eval", *WORLD, "-m", "smollm2-135m", "--checkpoint", str(folder))
     assert refused.exit_code == 2
     assert f"not smollm2-135m; pass --model {tiny_folder}" in refused.stderr
