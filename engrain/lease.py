@@ -17,6 +17,7 @@ from memory.store import Store
 
 SECONDS = 60.0  # how long a holder that says nothing is believed to be alive
 _BEATS = 4  # heartbeats in that time
+_DEAD = ("Z", "X")  # what Linux calls the state of a process that has ended
 
 _HELD: set[str] = set()  # tokens of this process
 
@@ -33,7 +34,10 @@ def machine() -> str:
 
 
 def is_gone(lease: Lease) -> bool:
-    """Whether the holder is known to be dead: it ran here, and its process id is free, or is this very process."""
+    """Whether the holder is known to be dead: it ran here, and its process id is free, or is this very process.
+
+    A killed process that nobody has waited for yet, as under a supervisor that is slow to, is dead as well.
+    """
     if os.name != "posix" or lease.machine != machine() or lease.token in _HELD:
         return False
     if lease.pid == os.getpid():  # ours by chance, as after a container's restart
@@ -44,7 +48,10 @@ def is_gone(lease: Lease) -> bool:
         return True
     except PermissionError:
         return False
-    return False
+    try:
+        return Path(f"/proc/{lease.pid}/stat").read_text().rpartition(")")[2].split()[0] in _DEAD
+    except (OSError, IndexError):  # no Linux; or it went this very moment, and the next try finds that out
+        return False
 
 
 class LoopLease:
