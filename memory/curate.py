@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from agent.episode import Episode
+from envs.base import Split
 from envs.errors import UsageError
 from memory.admission import planted, suspicion, unverified
 from memory.contradiction import contradictions, contradicts
@@ -24,6 +25,8 @@ INSTANCE_BOUND = "instance-bound"
 CONTRADICTS = "contradicts"
 #: Likeness from which an item counts as recalled, where its episode had the like in its own knowledge.
 _RECALLED = 0.5
+#: Episodes of other tasks that an item's own task is compared with, out of so many that are looked at.
+_COMPARED, _SEARCHED = 64, 2000
 
 
 def admit(
@@ -61,7 +64,7 @@ def admit(
     accepted = _resolve(store, extractions, episodes, known, likeness)
     accepted = _cap(store, accepted, known, round_id, most)
     doubts = {id_: why for id_, episode in episodes.items() if (why := unverified(episode))}
-    own_terms = _own_terms(episodes.values())
+    own_terms = _own_terms(store, episodes.values())
     for extraction, text, id_ in accepted:
         read = (extraction.episode_id, *extraction.others)
         doubt = next((f"episode {e} is unverified: {doubts[e]}" for e in read if e in doubts), None)
@@ -259,11 +262,28 @@ def _recalled(store: Store, read: Sequence[Episode], known: Mapping[str, Item]) 
     return found
 
 
-def _own_terms(episodes: Iterable[Episode]) -> dict[str, frozenset[str]]:
+def _own_terms(store: Store, episodes: Iterable[Episode]) -> dict[str, frozenset[str]]:
     worlds: dict[str, list[Episode]] = {}
     for episode in episodes:
         worlds.setdefault(episode.task.env, []).append(episode)
-    return {id_: terms for family in worlds.values() for id_, terms in instance_terms(family).items()}
+    return {
+        id_: terms
+        for env, family in worlds.items()
+        for id_, terms in instance_terms(family, _compared(store, env, family)).items()
+    }
+
+
+def _compared(store: Store, env: str, family: Sequence[Episode]) -> list[Episode]:
+    """The latest stored training episodes of other tasks, one a task, that began no later than those of `family`: what
+    is played in the meantime changes nothing for an extraction that is read again."""
+    latest, seen, found = max(e.started_at for e in family), {e.task.id for e in family}, []
+    for row in store.episode_rows(env=env, split=Split.TRAIN.value, newest_first=True, limit=_SEARCHED):
+        if row.task_id not in seen and row.started_at <= latest:
+            seen.add(row.task_id)
+            found.append(store.episode(row.id))
+        if len(found) == _COMPARED:
+            break
+    return found
 
 
 def _is_source(item: Item, extraction: Extraction) -> bool:

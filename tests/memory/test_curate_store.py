@@ -114,6 +114,23 @@ def test_an_item_that_quotes_its_task_is_marked_until_another_task_teaches_it(bo
     assert not is_instance_bound(again)
 
 
+def test_an_items_own_things_are_told_by_the_other_episodes_of_its_world_in_the_store(book, say, make_episode):
+    def room(name):
+        return [(f"You are in the {name}. You can see a door here.", "open the door")]
+
+    said = say("e0", "go to the scullery first", "Open the door before going on.", turns=room("scullery"))
+    assert not any(map(is_instance_bound, admit(book, [said])))  # nothing to compare with
+    names = ("attic", "cellar", "shed", "garden", "hall", "porch", "pantry", "closet")
+    earlier = {"started_at": make_episode().started_at}
+    book.add_episodes([make_episode(n, seed=i, turns=room(n), **earlier) for i, n in enumerate(names)])
+    bound, general = admit(book, [said])
+    assert bound.flags[0].note == "quotes scullery of its own task"
+    assert not is_instance_bound(general)
+    before = everything(book)
+    admit(book, [said])
+    assert everything(book) == before
+
+
 def test_contradictions_are_marked_both_ways_and_never_share_a_text(book, say):
     pair = ("Open the door before you enter.", "Close the door before you enter.")
     items = admit(book, [say("e1", *pair, "Eat soup.")])
