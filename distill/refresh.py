@@ -72,3 +72,9 @@ class RefreshedSource:
         gather(None)  # nobody reads the one before any more
         for old in older if is_main() else ():
             shutil.rmtree(old)
+
+
+def drop_syncs(folder: Path) -> None:
+    """Delete a run's syncs, when no engine samples from them any more."""
+    for sync in folder.glob("sync-*"):
+        shutil.rmtree(sync)

@@ -7,7 +7,6 @@ alone does all the rest of a command, and the others `join` it, train what it tr
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from distill.distributed import from_main
 from distill.monitor import StepMetrics
 from distill.parallel import Sharded, current
 from distill.partial import PrefixSource
-from distill.refresh import RefreshedSource
+from distill.refresh import RefreshedSource, drop_syncs
 from distill.source import Batch, OnPolicySource, Source
 from distill.teacher import EmaTeacher, FrozenTeacher, check_vocabulary
 from distill.trackers import open_trackers
@@ -66,7 +65,7 @@ def consolidate(
     """Distil `knowledge` into an adapter on the engine's base model, resuming what `folder` holds.
 
     The teacher has the knowledge in its context and the weights that `config.teacher_kind` names; the student starts
-    from the parent checkpoint, or from the base model. The engine is left with the base model loaded.
+    from the parent checkpoint, or from the base model. The engines are left with the base model loaded.
 
     Args:
         engine: gives its base weights for the time of the training.
@@ -107,8 +106,13 @@ def consolidate(
     if teacher is not None:
         check_vocabulary(engine.tokenizer, teacher.tokenizer)
     job = from_main(lambda: _Job(tasks, knowledge, config, folder, parent, episodes, sampler is not None))
-    with nullcontext() if sampler is None else asleep(sampler):
-        return _train(engine, job, teacher, sampler, validate, on_step, on_episode, track)
+    if sampler is None:
+        return _train(engine, job, teacher, None, validate, on_step, on_episode, track)
+    with asleep(sampler):
+        result = _train(engine, job, teacher, sampler, validate, on_step, on_episode, track)
+    sampler.load(None)
+    from_main(lambda: drop_syncs(folder))
+    return result
 
 
 def join(engine: TransformersEngine, teacher: TransformersEngine | None = None) -> None:
