@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from agent.episode import SamplingParams
 from distill.errors import DistillConfigError
 from distill.monitor import GuardConfig
 from distill.objective import Divergence, divergence_named
+from distill.registered import known_objective
 
-ObjectiveName = Literal["reverse_kl", "forward_kl", "jsd", "skew_kl", "topk", "cross_entropy"]
+#: A built-in divergence, cross_entropy, or one that somebody registered (`distill.registered`).
+ObjectiveName = Annotated[str, AfterValidator(known_objective)]
 Method = Literal["opcd", "off_policy", "sft", "mixed"]
 TeacherKind = Literal["frozen", "previous_checkpoint", "ema"]
 

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from distill.errors import DistillConfigError
+from distill.registered import own_objective
 
 #: (student log-probs PV, teacher log-probs PV) -> (divergence P, weighted derivative g PV)
 Divergence = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -120,10 +121,11 @@ def topk(k: int, *, tail: bool = True) -> Divergence:
 
 
 def divergence_named(name: str, *, beta: float = 0.5, alpha: float = 0.1, k: int = 256) -> Divergence:
-    """The divergence a configuration names.
+    """The divergence a configuration names: one of these, or a registered one.
 
     Raises:
         DistillConfigError: no divergence has that name, or its parameter is out of range.
+        BadPluginError: a registered one does not import.
     """
     known: dict[str, Callable[[], Divergence]] = {
         "reverse_kl": lambda: reverse_kl,
@@ -132,9 +134,7 @@ def divergence_named(name: str, *, beta: float = 0.5, alpha: float = 0.1, k: int
         "skew_kl": lambda: skew_kl(alpha),
         "topk": lambda: topk(k),
     }
-    if name not in known:
-        raise DistillConfigError(f"unknown objective {name!r}; use one of {', '.join(known)}")
-    return known[name]()
+    return known[name]() if name in known else own_objective(name)
 
 
 @dataclass(frozen=True)

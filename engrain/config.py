@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from agent.episode import SamplingParams
 from distill.config import DistillConfig
 from envs.base import Split
+from memory.prompts import known_mode
 
 
 class _Frozen(BaseModel):
@@ -41,8 +42,10 @@ class PlayConfig(_Frozen):
 class ExtractConfig(_Frozen):
     """Stage 2 and 3: how episodes become candidate knowledge."""
 
-    mode: Literal["examples", "paper", "contrastive"] = Field(
-        "examples", description="worked examples, for small models; the paper's; or several episodes side by side"
+    mode: Annotated[str, AfterValidator(known_mode)] = Field(
+        "examples",
+        description="examples (worked ones, for small models), paper, contrastive (several episodes side by side), or a "
+        "registered prompt",
     )
     coach: str | None = Field(None, description="MODEL or MODEL@URL that reads the episodes; None: the model itself")
     episodes: int = Field(12, ge=1, description="episodes read, failed and successful ones in turn")

@@ -27,3 +27,7 @@ class BadTaskError(UsageError):
 
 class EnvFailedError(EngrainError):
     """An env crashed or hung while it was played; costs one episode."""
+
+
+class BadPluginError(EngrainError):
+    """Something that another distribution registers does not import, or is not what it is registered as."""

@@ -16,11 +16,12 @@ from agent.episode import Episode, FinishReason, Message, SamplingParams, StopRe
 from agent.renderer import Renderer
 from envs.errors import UsageError
 from memory.admission import ATTEMPT, poses
-from memory.prompts import MODES, PROMPT_VERSION, Mode, contrast_messages, examples_messages, paper_messages
+from memory.prompts import PROMPT_VERSION, contrast_messages, examples_messages, own_prompt, paper_messages
 from memory.records import Extraction, digest
 from memory.render import HEADER
 
 MAX_ITEM_CHARACTERS = 400
+_TERSE = ("examples", "contrastive")  # modes whose worked examples show a reply of one line
 
 _ITEM = re.compile(r"- EXPERIENCE ITEM: (\S.*)")
 _PLACEHOLDER = re.compile(r"[<\[({]?\s*(text|item|lesson|rule|experience|\.\.\.|…)\s*[>\])}]?\.?", re.IGNORECASE)
@@ -144,33 +145,35 @@ class Extractor:
 
     Args:
         engine: the model that writes; it is recorded with its checkpoint as the items' origin.
-        mode: `examples` (default; small models need it), `paper`, or `contrastive`: several episodes at once.
+        mode: `examples` (default; small models need it), `paper`, `contrastive`: several episodes at once, or the name
+            of a registered prompt (`memory.prompts.register_prompt`).
         max_items: most items taken from one output; more are kept as malformed.
         sampling: how to sample; its seed is replaced by one per extraction.
         group: how many episodes `contrastive` shows side by side.
 
     Raises:
         UsageError: there is no such mode, or a group of fewer than 2.
+        BadPluginError: the registered prompt does not import.
     """
 
     def __init__(
         self,
         engine: Engine,
-        mode: Mode = "examples",
+        mode: str = "examples",
         max_items: int = 4,
         sampling: SamplingParams | None = None,
         group: int = 3,
     ) -> None:
-        if mode not in MODES:
-            raise UsageError(f"no extraction mode {mode!r}; use {', '.join(MODES)}")
         if group < 2:
             raise UsageError(f"contrastive extraction compares at least 2 episodes, not {group}")
         self._engine = engine
         self._renderer = Renderer(engine.tokenizer)
-        self._mode: Mode = mode
+        self._mode, self._own = mode, own_prompt(mode)
+        # another text under the same name is another prompt
+        self._version = PROMPT_VERSION if self._own is None else digest(*(str(m) for m in self._own("")))
         self._max_items = max_items
         self._group = group
-        self._sampling = sampling or SamplingParams(temperature=0.7, max_tokens=512 if mode == "paper" else 96)
+        self._sampling = sampling or SamplingParams(temperature=0.7, max_tokens=96 if mode in _TERSE else 512)
 
     def extract(self, episodes: Sequence[Episode], seed: int) -> list[Extraction]:
         """One extraction an episode, in order; an episode given several times is read with as many seeds.
@@ -202,6 +205,8 @@ class Extractor:
         records = [transcript(episode, keep) for episode in group]
         if self._mode == "contrastive":
             return contrast_messages(records)
+        if self._own is not None:
+            return list(self._own(records[0]))
         if self._mode == "paper":
             return paper_messages(records[0], single_turn=len(group[0].turns) <= 1)
         return examples_messages(records[0])
@@ -224,7 +229,7 @@ class Extractor:
     def _extraction(self, group: Sequence[Episode], seed: int, output: str, parsed: Parsed) -> Extraction:
         engine = self._engine
         ids = [episode.id for episode in group]
-        origin = (*ids, engine.model, engine.checkpoint, self._mode, PROMPT_VERSION, seed)
+        origin = (*ids, engine.model, engine.checkpoint, self._mode, self._version, seed)
         return Extraction(
             id=digest(*origin, self._sampling.model_dump_json(exclude={"seed"})),
             episode_id=ids[0],
@@ -232,7 +237,7 @@ class Extractor:
             model=engine.model,
             checkpoint=engine.checkpoint,
             mode=self._mode,
-            prompt_version=PROMPT_VERSION,
+            prompt_version=self._version,
             seed=seed,
             output=output,
             items=parsed.items,

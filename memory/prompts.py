@@ -4,18 +4,26 @@
 `examples`: three worked examples from unrelated worlds before the real record, for small models, which answer bare
 instructions with platitudes. `contrastive`: several episodes of one kind side by side, solved beside failed where there
 are both, after worked examples of the same shape. No example comes from a world that we ship, so nothing that must be
-learned is given away.
+learned is given away. Any other mode is a prompt that somebody registered.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from agent.episode import Message
+from envs.errors import BadPluginError, UsageError
+from envs.plugins import Plugins
 
-Mode = Literal["paper", "examples", "contrastive"]
-MODES: tuple[Mode, ...] = ("paper", "examples", "contrastive")
+MODES = ("paper", "examples", "contrastive")
+
+#: A prompt of your own: the record of one episode -> what the model is asked. Lessons are read from lines that begin
+#: with `MARKER`; put the record between `fence`s, so that text from a world cannot pass for yours.
+Prompt = Callable[[str], Sequence[Message]]
+
+PROMPTS = Plugins("engrain.extraction_prompts", "extraction prompt", dict.fromkeys(MODES, "memory.prompts"))
+_P = TypeVar("_P", bound=Prompt)
 
 PROMPT_VERSION = "2"
 MARKER = "- EXPERIENCE ITEM:"
@@ -57,6 +65,45 @@ CONTRAST_SYSTEM = (
 CONTRAST_REQUEST = (
     "Compare the attempts. Turn what would have made all of them count into one rule for this kind of task."
 )
+
+
+def register_prompt(name: str, prompt: _P) -> _P:
+    """Add an extraction prompt to this process, and return it; `name` is then a mode like any other.
+
+    A prompt that an entry point of the group `engrain.extraction_prompts` names needs no call, and the command line
+    knows it too.
+
+    Raises:
+        UsageError: a built-in mode has the same name.
+    """
+    PROMPTS.register(name, prompt)
+    return prompt
+
+
+def known_mode(mode: str) -> str:
+    """The mode itself, if there is one of that name.
+
+    Raises:
+        UsageError: there is none; the message lists the known ones.
+    """
+    if mode not in PROMPTS.names():
+        raise UsageError(f"no extraction mode {mode!r}; use {', '.join(PROMPTS.names())}")
+    return mode
+
+
+def own_prompt(mode: str) -> Prompt | None:
+    """The prompt that stands behind a mode; None for a built-in one.
+
+    Raises:
+        UsageError: there is no such mode.
+        BadPluginError: it does not import, or is no function.
+    """
+    if known_mode(mode) in MODES:
+        return None
+    prompt = PROMPTS.find(mode)
+    if not callable(prompt):
+        raise BadPluginError(f"extraction prompt {mode!r}: {prompt!r} is not a function")
+    return prompt  # type: ignore[no-any-return]
 
 
 def fence(record: str) -> str:
