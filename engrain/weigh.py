@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,10 +13,10 @@ from engrain.config import ExtractConfig, ImproveConfig
 from envs.base import Split
 from memory.contradiction import contradictions
 from memory.curate import candidates, ordered
-from memory.effect import Effect
+from memory.effect import Effect, holm
 from memory.records import CheckpointRecord, Item, ItemEffect, ItemStatus, Knowledge, RoundRecord
 from memory.render import compose
-from memory.select import Score, best_of, leave_one_out, measurable, randomised_inclusion, select, settle
+from memory.select import Score, Settled, best_of, leave_one_out, measurable, randomised_inclusion, select, settle
 from memory.store import Store
 
 #: The most pairs of contradicting items that one round settles; each costs two more passes at most.
@@ -117,17 +117,21 @@ def weigh(
     for item in ranked:
         if item.id in effects:
             note(f"effect {effects[item.id]}: {item.text[:80]}")
+    return Weighed(best, whole.knowledge.id, effects, tuple(_changes(best, effects, settle(conflicts, scores))))
+
+
+def _changes(best: Score, effects: Mapping[str, Effect], pairs: Sequence[Settled]) -> Iterator[Change]:
+    """What the round's tests say of items, all of them together being wrong about a harmless one 5 times of 100."""
     held = {item.id for item in best.knowledge.items}
-    changes = [
-        Change(item=id_, status=ItemStatus.HARMFUL, why=f"in context it costs accuracy on validation tasks: {effect}")
-        for id_, effect in effects.items()
-        if effect.harms and id_ not in held
-    ]
-    for pair in settle(conflicts, scores):
-        if pair.loser not in held:
+    beyond_chance = holm([*(effect.p_value for effect in effects.values()), *(pair.by.p_value for pair in pairs)])
+    for (id_, effect), sure in zip(effects.items(), beyond_chance, strict=False):
+        if sure and effect.harms and id_ not in held:
+            why = f"in context it costs accuracy on validation tasks: {effect}, one of {len(beyond_chance)} tests"
+            yield Change(item=id_, status=ItemStatus.HARMFUL, why=why)
+    for pair, sure in zip(pairs, beyond_chance[len(effects) :], strict=True):
+        if sure and pair.loser not in held:
             why = f"contradicts item {pair.winner}, which does more on validation tasks: {pair.by}"
-            changes.append(Change(item=pair.loser, status=ItemStatus.RETIRED, why=why))
-    return Weighed(best, whole.knowledge.id, effects, tuple(changes))
+            yield Change(item=pair.loser, status=ItemStatus.RETIRED, why=why)
 
 
 def usable(items: Sequence[Item], settings: ExtractConfig, tokenizer: Any) -> bool:

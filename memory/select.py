@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from envs.errors import UsageError
 from memory.effect import MOST, Effect, inclusion, paired, randomised
@@ -149,17 +149,18 @@ class Settled:
 
 
 def settle(conflicts: Mapping[tuple[str, str], str], scores: Sequence[Score]) -> list[Settled]:
-    """Which of two contradicting items validation decides for: each alone in a text, on the same tasks.
+    """Which of two contradicting items does more on validation tasks: each alone in a text, on the same tasks.
 
-    Pairs that were not both scored alone, or whose difference could be chance, stay open.
+    Pairs that were not both scored alone are left out. Whether a difference may be chance is the caller's to judge, who
+    knows how many are tested (`memory.effect.holm`).
     """
     alone = {s.knowledge.items[0].id: s for s in scores if len(s.knowledge.items) == 1}
     found = []
     for one, other in conflicts:
         if one in alone and other in alone:
             by = paired(alone[other].outcomes, alone[one].outcomes)
-            if by.helps:
+            if by.effect >= 0:
                 found.append(Settled(one, other, by))
-            elif by.harms:
-                found.append(Settled(other, one, Effect(-by.effect, -by.high, -by.low, by.n)))
+            else:
+                found.append(Settled(other, one, replace(by, effect=-by.effect, low=-by.high, high=-by.low)))
     return found

@@ -141,3 +141,33 @@ def test_whether_anything_may_enter_knowledge():
     assert not usable([], settings, Words())
     waiting = [item.model_copy(update={"status": ItemStatus.QUARANTINED}) for item in items(GOOD)]
     assert not usable(waiting, settings, Words())
+
+
+def test_of_many_harmless_items_one_is_hardly_ever_retired_and_what_harms_is_found():
+    """Eight items a round, measured with independent luck, through all of it; see test_effect for many more rounds."""
+    texts = [f"Harmless thing number {word}." for word in ("alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta")]
+    harmful = "Shout."
+    rounds, wrong, found = 40, 0, 0
+    draw = np.random.default_rng(0)
+
+    def play(knowledge, positions):
+        gain = sum(-0.4 for item in knowledge.items if item.text == harmful) if knowledge else 0.0
+        return [bool(u < 0.5 + gain) for u in draw.random(len(positions))]
+
+    for seed in range(rounds):
+        weighed = weigh(
+            items(*texts, harmful),
+            play(None, range(TASKS)),
+            ExtractConfig(effects="randomised", candidates=1, budget_tokens=200),
+            seed=seed,
+            tokenizer=Words(),
+            score=lambda k: play(k, range(TASKS)),
+            play=play,
+            note=lambda text: None,
+        )
+        assert len(weighed.effects) == len(texts) + 1
+        gone = {change.item for change in weighed.changes}
+        found += item_id(harmful) in gone
+        wrong += bool(gone - {item_id(harmful)})
+    assert found > 0.9 * rounds
+    assert wrong <= 3  # one is to be expected: only one side of a two-sided 5% counts as harm

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from envs.errors import UsageError
-from memory.effect import MOST, Effect, closed, inclusion, paired, randomised
+from memory.effect import MOST, Effect, closed, holm, inclusion, paired, randomised
 from memory.normalise import item_id
 from memory.records import Item, KnowledgeItem
 from memory.render import compose
@@ -161,7 +161,54 @@ def test_a_contradiction_is_settled_by_what_each_does_alone():
         Score(other, (True,) * 4 + (False,) * 26),
         Score(third, (True,) * 29 + (False,)),
     ]
-    (settled,) = settle({("a", "b"): "why", ("a", "c"): "why", ("a", "z"): "not scored"}, scores)
-    assert (settled.winner, settled.loser, settled.by.helps) == ("a", "b", True)
+    sure, open_ = settle({("a", "b"): "why", ("a", "c"): "why", ("a", "z"): "not scored"}, scores)
+    assert (sure.winner, sure.loser, sure.by.helps) == ("a", "b", True)
+    assert (open_.winner, open_.by.helps, open_.by.p_value > 0.05) == ("a", False, True)
     (settled,) = settle({("b", "c"): "why"}, scores)
-    assert (settled.winner, settled.loser, settled.by.helps) == ("c", "b", True)
+    assert (settled.winner, settled.loser, settled.by.helps, settled.by.p_value < 0.05) == ("c", "b", True, True)
+
+
+def test_holm_steps_down_and_stops_at_the_first_that_may_be_chance():
+    assert holm([]) == []
+    assert holm([0.05]) == [True]
+    assert holm([0.051]) == [False]
+    assert holm([0.04, 0.01, 0.03]) == [False, True, False]  # 0.01 <= 0.05/3, 0.03 > 0.05/2
+    assert holm([0.04, 0.01, 0.02]) == [True, True, True]
+    assert holm([0.02] * 3) == [False] * 3  # each alone would count
+
+
+def test_of_many_harmless_items_one_is_hardly_ever_taken_for_harmful():
+    """Sixteen items on 96 tasks, one of which harms: seen alone, intervals accuse a harmless one in a round of four."""
+    truth, draw = np.array([-0.4] + [0.0] * 15), np.random.default_rng(0)
+    rounds, found, wrong, uncorrected = 300, 0, 0, 0
+    for seed in range(rounds):
+        blocks = inclusion(16, 96, seed)
+
+        def side(places, block):
+            return draw.random(len(block.tasks)) < 0.5 + truth[list(places)].sum()
+
+        sides = [[side(getattr(block, name), block) for block in blocks] for name in ("first", "second")]
+        effects = randomised(16, blocks, *sides)
+        sure = holm([effect.p_value for effect in effects])
+        harmful = [beyond and effect.harms for beyond, effect in zip(sure, effects, strict=True)]
+        found += harmful[0]
+        wrong += any(harmful[1:])
+        uncorrected += any(effect.harms for effect in effects[1:])
+    assert found > 0.95 * rounds
+    assert wrong <= 0.05 * rounds
+    assert uncorrected > 0.15 * rounds
+
+
+@settings(max_examples=50)
+@given(st.lists(st.floats(0, 1), max_size=12))
+def test_holm_rejects_what_bonferroni_does_and_nothing_that_alone_would_stand(p_values):
+    for p, rejected in zip(p_values, holm(p_values), strict=True):
+        assert rejected or p > 0.05 / len(p_values)
+        assert not rejected or p <= 0.05
+
+
+@settings(max_examples=50)
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=2, max_size=40))
+def test_a_p_value_is_below_a_twentieth_where_the_interval_excludes_zero(pairs):
+    found = paired(*zip(*pairs, strict=True))
+    assert (found.p_value < 0.05) == (found.helps or found.harms)
