@@ -30,6 +30,11 @@ _TELLING = 8
 #: Characters of a world's text that are searched. An attack must reach the model, which reads no more.
 _SEARCHED = 100_000
 
+#: Cyrillic and Greek letters that look like Latin ones, as far as English words can be spelled with them.
+_LOOKALIKES = str.maketrans(
+    "АВЕКМНОРСТУХІЅЈԚԜаеорсухіѕјԛԝһԁΑΒΕΖΗΙΚΜΝΟΡΤΥΧαιορυνχ", "ABEKMHOPCTYXISJQWaeopcyxisjqwhdABEZHIKMNOPTYXaiopuvx"
+)
+
 _SECRETS = r"(?:passwords?|passphrases?|credentials?|api[ _-]?keys?|private keys?|secret keys?|access tokens?)"
 
 
@@ -86,11 +91,11 @@ _CARD = re.compile(r"\b\d(?:[ -]?\d){12,18}\b")
 def suspicion(text: str) -> str | None:
     """Why a text can be no item, whoever wrote it; None if nothing speaks against it.
 
-    Compatibility forms and invisible characters are folded first, so that full-width letters or a zero-width space
-    inside a word hide nothing. A word that mixes Latin with Cyrillic letters is refused by itself.
+    Compatibility forms, invisible characters and look-alike letters are folded first, so that full-width letters or a
+    zero-width space inside a word hide nothing. A word that mixes Latin with Cyrillic letters is refused by itself.
     """
-    plain = _folded(text)
-    if found := _matched(plain, (*_ORDERS, *_IN_ITEMS)):
+    plain = _shown(text)
+    if found := _matched(_folded(text), (*_ORDERS, *_IN_ITEMS)):
         return found
     if any(_is_random(word) for word in _LONG_WORD.findall(plain)) or any(map(_is_card, _CARD.findall(plain))):
         return "a secret"
@@ -157,12 +162,14 @@ class Refusal:
 
 
 def _claims(episode: Episode) -> Iterator[str]:
-    """What the world's lines say after calling themselves an experience item."""
+    """What the world's lines say after calling themselves an experience item; the words may stand on two lines."""
     for text in world_texts(episode):
-        for line in text[:_SEARCHED].splitlines():
-            line = _folded(line)
-            if found := ATTEMPT.search(line):
-                yield line[found.end() :].lstrip(" :*_-0123456789.").strip()
+        before = ""
+        for line in map(_folded, text[:_SEARCHED].splitlines()):
+            both = f"{before} {line}" if before and not ATTEMPT.search(line) else line
+            if found := ATTEMPT.search(both):
+                yield both[found.end() :].lstrip(" :*_-0123456789.").strip()
+            before = line if both is line or not found else ""
 
 
 def poses(line: str) -> bool:
@@ -171,6 +178,11 @@ def poses(line: str) -> bool:
 
 
 def _folded(text: str) -> str:
+    """A text in the letters it is meant to be read in."""
+    return _shown(text).translate(_LOOKALIKES)
+
+
+def _shown(text: str) -> str:
     plain = "".join(c for c in unicodedata.normalize("NFKC", text) if unicodedata.category(c) != "Cf")
     return " ".join(plain.split())
 

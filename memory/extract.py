@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from itertools import zip_longest
 
 from agent.engines.base import Engine
-from agent.episode import Episode, FinishReason, Message, SamplingParams, StopReason
-from agent.renderer import Renderer
+from agent.episode import Episode, Message, SamplingParams, StopReason
 from envs.errors import UsageError
 from memory.admission import ATTEMPT, poses
 from memory.prompts import PROMPT_VERSION, contrast_messages, examples_messages, own_prompt, paper_messages
+from memory.reader import EngineReader, Reader
 from memory.records import Extraction, digest
 from memory.render import HEADER
 
@@ -26,6 +26,11 @@ _TERSE = ("examples", "contrastive")  # modes whose worked examples show a reply
 _ITEM = re.compile(r"- EXPERIENCE ITEM: (\S.*)")
 _PLACEHOLDER = re.compile(r"[<\[({]?\s*(text|item|lesson|rule|experience|\.\.\.|…)\s*[>\])}]?\.?", re.IGNORECASE)
 _RULE = re.compile(r"^(\s*)(=+\s*)$", re.MULTILINE)
+# How lines of a record begin: a further line of foreign text that begins so would pass for one.
+_LABEL = re.compile(
+    r"\s*(?:(?:Attempt \d+|\[\d+ turns left out\])\s*$|"
+    r"(?:Instructions|Task|Reply|Outcome|Feedback(?: on it)?|It ended early|Turn \d+ (?:answer|reply)):)"
+)
 
 
 @dataclass(frozen=True)
@@ -83,8 +88,8 @@ def transcript(episode: Episode, keep: int | None = None) -> str:
         episode: any episode, failed ones included.
         keep: how many turns to show; the first and the latest stay, and a line says how many are left out. None is all.
 
-    Texts from the env are data: their lines cannot look like the record's borders or like an item, and control
-    characters show as U+FFFD. Knowledge in the episode's own system message is left out.
+    Texts from the env are data: their lines cannot look like the record's borders, like its own lines or like an item,
+    and control characters show as U+FFFD. Knowledge in the episode's own system message is left out.
     """
     lines = []
     if system := _own_system(episode.messages):
@@ -137,14 +142,17 @@ def _quoted(text: str) -> str:
     """Foreign text, made unable to pass for anything but text."""
     text = "".join(c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs") else "\ufffd" for c in text)
     text = _RULE.sub(r"\1> \2", text)
-    return "\n".join(f"> {line}" if poses(line) else line for line in text.split("\n")).strip()
+    lines = text.strip().split("\n")
+    forged = [poses(line) or (number > 0 and _LABEL.match(line)) for number, line in enumerate(lines)]
+    return "\n".join(f"> {line}" if bad else line for line, bad in zip(lines, forged, strict=True))
 
 
 class Extractor:
     """Lets a model look back at episodes: the one that played them, or a coach.
 
     Args:
-        engine: the model that writes; it is recorded with its checkpoint as the items' origin.
+        engine: the model that writes, or a reader of any other kind; it is recorded with its checkpoint as the items'
+            origin.
         mode: `examples` (default; small models need it), `paper`, `contrastive`: several episodes at once, or the name
             of a registered prompt (`memory.prompts.register_prompt`).
         max_items: most items taken from one output; more are kept as malformed.
@@ -158,7 +166,7 @@ class Extractor:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: Engine | Reader,
         mode: str = "examples",
         max_items: int = 4,
         sampling: SamplingParams | None = None,
@@ -166,8 +174,7 @@ class Extractor:
     ) -> None:
         if group < 2:
             raise UsageError(f"contrastive extraction compares at least 2 episodes, not {group}")
-        self._engine = engine
-        self._renderer = Renderer(engine.tokenizer)
+        self._reader: Reader = engine if isinstance(engine, Reader) else EngineReader(engine)
         self._mode, self._own = mode, own_prompt(mode)
         # another text under the same name is another prompt
         self._version = PROMPT_VERSION if self._own is None else digest(*(str(m) for m in self._own("")))
@@ -178,25 +185,21 @@ class Extractor:
     def extract(self, episodes: Sequence[Episode], seed: int) -> list[Extraction]:
         """One extraction an episode, in order; an episode given several times is read with as many seeds.
 
-        In `contrastive` mode one extraction a group (see `contrast`). All prompts go to the engine in one call. What
+        In `contrastive` mode one extraction a group (see `contrast`). All are asked in one call. What
         does not fit the model's context even without its turns yields an extraction without output.
         """
         groups = contrast(episodes, self._group) if self._mode == "contrastive" else [(e,) for e in episodes]
         seeds = _seeds([group[0] for group in groups], seed)
-        prompts = [self._prompt(group) for group in groups]
-        fitting = [i for i, prompt in enumerate(prompts) if prompt is not None]
-        completions = {}
-        if fitting:
-            samplings = [self._sampling.model_copy(update={"seed": seeds[i]}) for i in fitting]
-            answers = self._engine.generate([prompts[i] or [] for i in fitting], samplings)
-            completions = dict(zip(fitting, answers, strict=True))
+        asked = [self._fitting(group) for group in groups]
+        fitting = [i for i, messages in enumerate(asked) if messages is not None]
+        samplings = [self._sampling.model_copy(update={"seed": seeds[i]}) for i in fitting]
+        replies = dict(zip(fitting, self._reader.reply([asked[i] or [] for i in fitting], samplings), strict=True))
         extractions = []
         for i, group in enumerate(groups):
             output, parsed = "", Parsed((), ())
-            if completion := completions.get(i):
-                output = self._renderer.decode(completion.token_ids)
-                finished = completion.finish_reason is FinishReason.STOP
-                parsed = parse(output, finished=finished, max_items=self._max_items)
+            if reply := replies.get(i):
+                output = reply.text
+                parsed = parse(output, finished=reply.finished, max_items=self._max_items)
             extractions.append(self._extraction(group, seeds[i], output, parsed))
         return extractions
 
@@ -211,31 +214,30 @@ class Extractor:
             return paper_messages(records[0], single_turn=len(group[0].turns) <= 1)
         return examples_messages(records[0])
 
-    def _prompt(self, group: Sequence[Episode]) -> list[int] | None:
-        """The longest prompt that leaves room for the answer, whole turns being left out; None if none does."""
-        room = self._engine.max_context - self._sampling.max_tokens
-        if len(prompt := self._renderer.prompt(self.messages(group))) <= room:
-            return prompt
+    def _fitting(self, group: Sequence[Episode]) -> list[Message] | None:
+        """The longest messages that leave room for the answer, whole turns being left out; None if none do."""
+        if self._reader.fits(messages := self.messages(group), self._sampling.max_tokens):
+            return messages
         best, low, high = None, 0, max(len(episode.turns) for episode in group) - 1
         while low <= high:
             keep = (low + high) // 2
-            prompt = self._renderer.prompt(self.messages(group, keep))
-            if len(prompt) <= room:
-                best, low = prompt, keep + 1
+            messages = self.messages(group, keep)
+            if self._reader.fits(messages, self._sampling.max_tokens):
+                best, low = messages, keep + 1
             else:
                 high = keep - 1
         return best
 
     def _extraction(self, group: Sequence[Episode], seed: int, output: str, parsed: Parsed) -> Extraction:
-        engine = self._engine
+        reader = self._reader
         ids = [episode.id for episode in group]
-        origin = (*ids, engine.model, engine.checkpoint, self._mode, self._version, seed)
+        origin = (*ids, reader.model, reader.checkpoint, self._mode, self._version, seed)
         return Extraction(
             id=digest(*origin, self._sampling.model_dump_json(exclude={"seed"})),
             episode_id=ids[0],
             others=tuple(ids[1:]),
-            model=engine.model,
-            checkpoint=engine.checkpoint,
+            model=reader.model,
+            checkpoint=reader.checkpoint,
             mode=self._mode,
             prompt_version=self._version,
             seed=seed,
