@@ -85,18 +85,27 @@ class Blame(Record):
 class AncestryTable(ExperienceTable, LineageTable):
     """The part of the store that answers where things come from."""
 
-    def lineage(self, checkpoint: str, *, sources: int | None = SOURCES, generations: int = 100) -> CheckpointLineage:
+    def lineage(
+        self,
+        checkpoint: str,
+        *,
+        sources: int | None = SOURCES,
+        generations: int = 100,
+        detailed: int | None = None,
+    ) -> CheckpointLineage:
         """A checkpoint's tree, back to the episodes and through at most so many checkpoints before it.
 
         Args:
             checkpoint: its id.
             sources: at most this many sources of each item; None is all.
             generations: how many parents to follow.
+            detailed: of how many checkpoints to read the items, latest first; None is all.
 
         Raises:
             UnknownIdError: it is not stored.
         """
-        oldest, *younger = reversed(self._lineages(self._chain(checkpoint, generations), sources))
+        chain = self._chain(checkpoint, generations)
+        oldest, *younger = reversed(self._lineages(chain, sources, detailed=detailed))
         found = oldest
         for level in younger:
             found = level.model_copy(update={"parent": found})
@@ -149,7 +158,9 @@ class AncestryTable(ExperienceTable, LineageTable):
         records = {record.id: record for record in self._checkpoints(CheckpointRow.id.in_(order))}
         return [records[id_] for id_ in order]
 
-    def _lineages(self, chain: Sequence[CheckpointRecord], sources: int | None) -> list[CheckpointLineage]:
+    def _lineages(
+        self, chain: Sequence[CheckpointRecord], sources: int | None, *, detailed: int | None = None
+    ) -> list[CheckpointLineage]:
         """What each of these checkpoints was made from, read together."""
         run_ids = [record.run_id for record in chain if record.run_id]
         text_ids = [record.knowledge for record in chain if record.knowledge]
@@ -159,7 +170,8 @@ class AncestryTable(ExperienceTable, LineageTable):
         of_these = EvaluationRow.checkpoint.in_([record.id for record in chain])
         for evaluation in self._evaluations(of_these, with_results=False):
             measured[evaluation.checkpoint].append(evaluation)
-        items = list(dict.fromkeys(place.id for text in texts.values() for place in text.items))
+        shown = {record.knowledge for record in chain[:detailed]}
+        items = list(dict.fromkeys(place.id for id_ in shown if id_ in texts for place in texts[id_].items))
         summaries = {row.id: row for row in self.item_rows(ids=items)}
         solved = sa.func.sum(sa.cast(EpisodeRow.success, sa.Integer))
         played = sa.select(EpisodeRow.run_id, sa.func.count(), solved).group_by(EpisodeRow.run_id)
@@ -173,7 +185,7 @@ class AncestryTable(ExperienceTable, LineageTable):
             episodes, won = counts.get(record.run_id, (0, 0))
             places = [
                 ItemOrigin(position=n, wording=place.text, item=summaries[place.id], sources=tuple(origins[place.id]))
-                for n, place in enumerate(text.items if text else (), 1)
+                for n, place in enumerate(text.items if text and text.id in shown else (), 1)
             ]
             lineages.append(
                 CheckpointLineage(

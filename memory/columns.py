@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import zlib
+from array import array
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-import numpy as np
 from sqlalchemy import Dialect, String, Text
 from sqlalchemy.types import TypeDecorator
 
@@ -25,33 +26,39 @@ def pack_ids(ids: Sequence[int]) -> bytes:
     Raises:
         OverflowError: an id does not fit 32 bits.
     """
-    return zlib.compress(np.array(ids, dtype="<i4").tobytes(), _LEVEL)
+    return zlib.compress(_little(array("i", ids)).tobytes(), _LEVEL)
 
 
 def unpack_ids(blob: bytes) -> tuple[int, ...]:
     """Inverse of `pack_ids`."""
-    return tuple(np.frombuffer(zlib.decompress(blob), dtype="<i4").tolist())
+    return tuple(_little(array("i", zlib.decompress(blob))))
 
 
 def pack_mask(mask: Sequence[bool]) -> bytes:
     """A loss mask as zlib-compressed uint8, one byte a token before compression."""
-    return zlib.compress(np.array(mask, dtype=np.bool_).astype("u1").tobytes(), _LEVEL)
+    return zlib.compress(bytes(map(bool, mask)), _LEVEL)
 
 
 def unpack_mask(blob: bytes) -> tuple[bool, ...]:
     """Inverse of `pack_mask`."""
-    return tuple(np.frombuffer(zlib.decompress(blob), dtype="u1").astype(np.bool_).tolist())
+    return tuple(map(bool, zlib.decompress(blob)))
 
 
 def pack_logprobs(logprobs: Sequence[float]) -> bytes:
     """Log-probabilities as zlib-compressed little-endian float32: exact for values that came from float32."""
-    with np.errstate(over="ignore"):
-        return zlib.compress(np.array(logprobs, dtype=np.float64).astype("<f4").tobytes(), _LEVEL)
+    return zlib.compress(_little(array("f", logprobs)).tobytes(), _LEVEL)
 
 
 def unpack_logprobs(blob: bytes) -> tuple[float, ...]:
     """Inverse of `pack_logprobs`, up to its rounding to float32."""
-    return tuple(np.frombuffer(zlib.decompress(blob), dtype="<f4").tolist())
+    return tuple(_little(array("f", zlib.decompress(blob))))
+
+
+def _little(values: array[Any]) -> array[Any]:
+    """The same numbers in the other byte order on machines that are not little-endian."""
+    if sys.byteorder == "big":
+        values.byteswap()
+    return values
 
 
 _ESCAPE = "\x1a"

@@ -257,6 +257,14 @@ def test_lineage_and_blame_reach_the_episodes(lived):
         "ckpt",
     ):
         assert words in shown, words
+    with Store.open(path) as store:
+        store.add_checkpoint(CheckpointRecord(id="later", model="tiny", path="/x", parent="taught", run_id="run2"))
+    shown = output("lineage", "later", path=path)
+    assert "knowledge version 1" in shown
+    assert ", 1 items" in shown  # how many, and not which: that is said of the checkpoint itself
+    assert "abc1" not in shown
+    assert "abc1" in output("lineage", "later", "--all", path=path)
+    assert data("lineage", "later", path=path)["parent"]["items"]
     found = data("lineage", "taught", path=path)
     assert found["items"][0]["sources"][0]["episode_id"] == "abc1"
     assert found["parent"]["checkpoint"]["id"] == "ckpt"
@@ -344,3 +352,13 @@ def test_a_long_list_goes_on_where_it_ended(lived):
     assert last["id"] not in {row["id"] for row in first}
     assert f"--before {first[-1]['id']}" in output("episodes", "-n", "2", path=path)
     assert "--offset 1" in output("items", "-n", "1", path=path)
+
+
+@pytest.mark.parametrize("width", [80, 100, 250])
+def test_a_table_keeps_its_texts_and_ids_on_any_screen(lived, width):
+    path, item, *_ = lived
+    shown = CliRunner().invoke(app, ["items", "--store", path], env={"COLUMNS": str(width)}).output
+    assert all(len(line) <= width for line in shown.splitlines())
+    for words in (item.id[:10], "Knock", "[first].", "active", "+0.20"):
+        assert words in shown, (words, shown)
+    assert ("last learned" in shown) == (width > 80)

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import typer
-from rich.console import Console
 
 from engrain.cli.common import JsonOption, StoreOption
 from engrain.cli.memory import episodes, items, knowledge, origins, rounds, upkeep
-from engrain.cli.memory.view import clean, effect, fields, opened, print_json, short, table, time
+from engrain.cli.memory.view import clean, effect, fields, opened, print_json, screen, short, table, time
 from engrain.curve import RoundScores, gather
 from memory.records import CheckpointRecord, Event, ItemSummary
 from memory.store import Store
@@ -94,7 +93,7 @@ def overview(ctx: typer.Context, store: StoreOption = None, as_json: JsonOption 
 
 
 def _show(found: Survey) -> None:
-    console = Console()
+    console = screen()
     fields(console, [("store", f"{found.url}, {found.size / 2**20:.1f} MiB")])
     lines = ((t.env, t.split, f"{t.episodes:,}", f"{t.solved / t.episodes:.0%}", f"{t.turns:,}") for t in found.tallies)
     columns = ("env", "split", "episodes", "solved", "turns")

@@ -12,16 +12,21 @@ from engrain.cli.memory.view import clean, effect, find_item, id_argument, opene
 from memory.ancestry import SOURCES, CheckpointLineage, Origin
 
 CheckpointArgument = Annotated[str, id_argument("checkpoint", "CHECKPOINT")]
-SourcesOption = Annotated[int, typer.Option("--sources", min=0, help="Show at most this many episodes of each item.")]
+SourcesOption = Annotated[
+    int, typer.Option("--sources", min=0, max=2**31 - 1, help="Show at most this many episodes of each item.")
+]
+
+EveryOption = Annotated[bool, typer.Option("--all", help="Show the items of the checkpoints before it too.")]
 
 
 def lineage(
-    checkpoint: CheckpointArgument, sources: SourcesOption = SOURCES, store: StoreOption = None,
-    as_json: JsonOption = False,
+    checkpoint: CheckpointArgument, sources: SourcesOption = SOURCES, every: EveryOption = False,
+    store: StoreOption = None, as_json: JsonOption = False,
 ) -> None:  # fmt: skip
-    """Show what a checkpoint was made from, back to the episodes."""
+    """Show what a checkpoint was made from, back to the episodes, and the checkpoints before it."""
     with opened(store) as memory:
-        found = memory.lineage(memory.full_id("checkpoint", checkpoint), sources=sources)
+        whole = memory.full_id("checkpoint", checkpoint)
+        found = memory.lineage(whole, sources=sources, detailed=None if every or as_json else 1)
     if as_json:
         print_json(found)
         return
@@ -62,19 +67,18 @@ def blame(
 
 
 def _tree(found: CheckpointLineage) -> Tree:
+    """The checkpoint, and beside each other those before it: a tree of many generations would leave the screen."""
     root = Tree(_checkpoint_line(found))
-    branch, level = root, found
-    while True:
-        _describe(branch, level)
-        if level.parent is None:
-            before = level.checkpoint.parent
-            base = (
-                f"checkpoint {short(before)}, not in this store" if before else f"base model {level.checkpoint.model}"
-            )
-            branch.add(f"[dim]trained on from {clean(base)}[/dim]")
-            return root
-        branch = branch.add(f"trained on from {_checkpoint_line(level.parent)}")
+    _describe(root, found)
+    before = root.add("[bold]trained on from[/bold]")
+    level = found
+    while level.parent is not None:
         level = level.parent
+        _describe(before.add(_checkpoint_line(level)), level)
+    oldest = level.checkpoint
+    missing = f"checkpoint {short(oldest.parent)}, not in this store" if oldest.parent else f"base model {oldest.model}"
+    before.add(f"[dim]{clean(missing)}[/dim]")
+    return root
 
 
 def _describe(branch: Tree, level: CheckpointLineage) -> None:
@@ -89,9 +93,8 @@ def _describe(branch: Tree, level: CheckpointLineage) -> None:
         given = level.checkpoint.knowledge
         branch.add(clean(f"knowledge {short(given)}, not in this store") if given else "no knowledge")
         return
-    knowledge = branch.add(
-        f"[yellow]knowledge version {text.version}[/yellow] [dim]{short(text.id)}, {text.tokens} tokens[/dim]"
-    )
+    detail = f"{short(text.id)}, {text.tokens} tokens" + ("" if level.items else f", {len(text.items)} items")
+    knowledge = branch.add(f"[yellow]knowledge version {text.version}[/yellow] [dim]{clean(detail)}[/dim]")
     for place in level.items:
         measured_effect = effect(place.item)
         detail = f"{place.item.support} episodes" + (f", effect {measured_effect}" if measured_effect else "")

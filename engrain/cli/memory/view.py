@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
@@ -11,6 +12,7 @@ from typing import Annotated, Any
 import typer
 from pydantic import BaseModel
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -52,8 +54,10 @@ def id_argument(kind: Kind, metavar: str = "ID") -> Any:
     return typer.Argument(metavar=metavar, help=help_, autocompletion=completed(kind))
 
 
-LimitOption = Annotated[int, typer.Option("--limit", "-n", min=1, help="Show at most this many.")]
-OffsetOption = Annotated[int, typer.Option("--offset", min=0, help="Leave out this many from the front.")]
+LimitOption = Annotated[int, typer.Option("--limit", "-n", min=1, max=2**31 - 1, help="Show at most this many.")]
+OffsetOption = Annotated[
+    int, typer.Option("--offset", min=0, max=2**31 - 1, help="Leave out this many from the front.")
+]
 WhoOption = Annotated[str, typer.Option("--who", envvar="USER", help="Who changes it; stands in the history.")]
 WhyOption = Annotated[str, typer.Option("--why", help="The reason; stands in the history.")]
 YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
@@ -76,6 +80,9 @@ def clean(value: object) -> str:
 
 WIDE = frozenset({"item", "text", "wording", "why", "verdict", "path", "problem"})  # may take several lines
 ELASTIC = frozenset({"env", "model", "started", "created", "when", "last learned"})  # may be cut short
+_LEAST = {"elastic": 10, "effect": 14, "wide": 24}  # characters that they keep, in the order in which they get more
+_GAP, _EDGES = 3, 2  # characters between columns, and on both sides of a table
+_PIPE = 160  # characters a line where there is no screen
 
 
 def short(id_: str | None) -> str:
@@ -96,17 +103,47 @@ def effect(row: Item | ItemSummary | ItemEffect) -> str:
     return f"{row.effect:+.2f} ({low:+.2f} to {high:+.2f})"
 
 
+def screen() -> Console:
+    """Where output goes; what is no screen, such as a pipe, takes long lines."""
+    console = Console()
+    return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=_PIPE)
+
+
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]], empty: str) -> Table | str:
-    """Rows under their names; what cannot be cut short keeps its width."""
+    """Rows under their names, as wide as the screen.
+
+    What may neither fold nor be cut short keeps its width. Where a screen is too narrow even so, columns without any
+    value are left out, then those that may be cut short, the last one first.
+    """
+    cells = [[printable("" if cell is None else cell) for cell in row] for row in rows]
+    if not cells:
+        return empty
+    places = range(len(columns))
+    longest = [max(cell_len(line) for row in [columns, *cells] for line in row[n].split("\n")) for n in places]
+    least = [min(size, _LEAST.get(_kind(column), size)) for column, size in zip(columns, longest, strict=True)]
+    width = screen().width - _EDGES
+    blank = [n for n in places if not any(row[n] for row in cells)]
+    spare = [n for n in reversed(places) if _kind(columns[n]) == "elastic"]
+    shown = list(places)
+    for n in dict.fromkeys([*blank, *spare]):
+        if sum(least[n] + _GAP for n in shown) - _GAP > width:
+            shown.remove(n)
+    left = max(0, width - sum(least[n] + _GAP for n in shown) + _GAP)
     view = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    cells = [["" if cell is None else clean(cell) for cell in row] for row in rows]
-    for place, column in enumerate(columns):
-        wide, narrow = column in WIDE, column in ELASTIC
-        least = None if wide or narrow else max([len(column), *(len(row[place]) for row in cells)])
-        view.add_column(column, overflow="fold" if wide else "ellipsis", no_wrap=not wide, min_width=least)
+    sizes = {}
+    for n in sorted(shown, key=lambda n: [*_LEAST, "fixed"].index(_kind(columns[n]))):
+        sizes[n] = least[n] + min(left, longest[n] - least[n])
+        left -= sizes[n] - least[n]
+    for n in shown:
+        folds = _kind(columns[n]) in ("effect", "wide")
+        view.add_column(columns[n], overflow="fold" if folds else "ellipsis", no_wrap=not folds, width=sizes[n])
     for row in cells:
-        view.add_row(*row)
-    return view if view.row_count else empty
+        view.add_row(*(escape(row[n]) for n in shown))
+    return view
+
+
+def _kind(column: str) -> str:
+    return "wide" if column in WIDE else "elastic" if column in ELASTIC else "effect" if column == "effect" else "fixed"
 
 
 def fields(console: Console, pairs: Sequence[tuple[str, object]]) -> None:
@@ -119,7 +156,7 @@ def fields(console: Console, pairs: Sequence[tuple[str, object]]) -> None:
 @contextmanager
 def paged() -> Iterator[Console]:
     """A console whose output goes through the pager when it does not fit a person's screen."""
-    console = Console()
+    console = screen()
     if not console.is_terminal:
         yield console
         return
