@@ -16,6 +16,16 @@ def test_what_is_stored_is_there_after_reopening(store_url, make_episode):
         assert store.episode("e1") == make_episode()
 
 
+def test_what_is_settled_outlasts_the_log(tmp_path, make_episode):
+    path, left = tmp_path / "whole.db", tmp_path / "left.db"
+    with Store.open(str(path)) as store:
+        store.add_episodes([make_episode()])
+        store.settle()
+        left.write_bytes(path.read_bytes())  # without the log beside it
+    with Store.open(str(left), create=False) as store:
+        assert store.episode("e1") == make_episode()
+
+
 def test_opening_does_not_wait_for_a_writer(store_url):
     with Store.open(store_url) as writer, writer._write() as connection:
         writer._one_at_a_time(connection)
