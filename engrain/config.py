@@ -9,6 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from agent.episode import SamplingParams
 from distill.config import DistillConfig
+from engrain.gate import ALPHA, MAX_LOOKS
 from envs.base import Split
 from memory.prompts import known_mode
 
@@ -47,9 +48,14 @@ class ExtractConfig(_Frozen):
         description="examples (worked ones, for small models), paper, contrastive (several episodes side by side), or a "
         "registered prompt",
     )
-    coach: str | None = Field(None, description="MODEL or MODEL@URL that reads the episodes; None: the model itself")
+    coach: str | None = Field(
+        None, min_length=1, description="MODEL or MODEL@URL that reads the episodes; None: the model itself"
+    )
     episodes: int = Field(12, ge=1, description="episodes read, failed and successful ones in turn")
     max_items: int = Field(32, ge=1, description="most new items a round; those that most episodes teach come first")
+    arrivals: int = Field(
+        12, ge=0, description="most episodes from elsewhere that are read besides: the newest since the last round"
+    )
     embeddings: str = Field(
         "auto", description="folder of a sentence encoder; auto: that of the extra; none: words only"
     )
@@ -64,7 +70,11 @@ class EvaluationConfig(_Frozen):
     """Stages 4 and 6: held-out tasks, played greedily unless said otherwise."""
 
     validation_tasks: int = Field(32, ge=1)
-    test_tasks: int = Field(128, ge=1)
+    test_tasks: int = Field(128, ge=1, description="fewer are played where the verdict is clear before")
+    looks: int = Field(
+        4, ge=1, le=MAX_LOOKS, description="batches of test tasks, each followed by a test; 1 always plays all of them"
+    )
+    alpha: float = Field(ALPHA, gt=0, lt=0.5, description="chance to promote a checkpoint that is no better, one-sided")
     sampling: SamplingParams = SamplingParams(temperature=0.0, max_tokens=256)
     ood: tuple[OodSpec, ...] = ()
     ood_margin: float = Field(0.05, ge=0, le=1, description="out-of-distribution accuracy that a promotion may cost")

@@ -14,7 +14,7 @@ from distill.monitor import StepMetrics, opening_advice
 
 
 class ConsoleListener:
-    """Draws a round as it goes: one bar for what is running, one line for what is over. A `loop.Listener`.
+    """Draws a round as it goes: one bar for what is running, one line for what is over. A `rounds.Listener`.
 
     Args:
         console: where to draw; standard error keeps standard output for data.

@@ -27,6 +27,7 @@ def demo_config(*, model: str = MODEL, objective: ObjectiveName = "forward_kl", 
         evaluation=EvaluationConfig(
             validation_tasks=32,
             test_tasks=96,
+            looks=1,  # its figures are published: all tasks are played, and intervals are plain ones
             sampling=SamplingParams(temperature=0.0, max_tokens=32),
             ood=(
                 OodSpec(env="math", options={"convention": "answer_tag"}, split=Split.OOD, tasks=48),

@@ -15,7 +15,7 @@ from typing import NoReturn, Protocol
 
 from engrain.config import ImproveConfig
 from engrain.errors import LoopReplacedError
-from engrain.redaction import redacted
+from engrain.rounds import same_settings
 from envs.errors import EngrainError, UsageError
 from memory.records import RoundRecord, RoundStatus, now
 from memory.store import Store
@@ -79,10 +79,9 @@ class Series:
         found = []
         for record in store.rounds():
             number = record.seed - config.seed
-            if number >= 0 and record.model == config.model:
-                expected = redacted(advanced(config, number).model_dump(mode="json"))
-                if dict(record.config) == expected:
-                    found.append(record)
+            known = number >= 0 and record.model == config.model
+            if known and same_settings(record.config, advanced(config, number)):
+                found.append(record)
         return cls(config, tuple(found))
 
     @property
@@ -103,7 +102,7 @@ class Schedule:
     """When a round is due after the one before.
 
     `every` seconds lie between the beginnings of two rounds, and `min_episodes` new training episodes of the world,
-    from `engrain play` or other processes, came in since the last one began.
+    from `engrain play` or other processes, came in since the last one began. The round reads them besides its own.
     """
 
     every: float = 0.0

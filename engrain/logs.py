@@ -60,7 +60,7 @@ def json_logs(stream: TextIO | None = None) -> Iterator[logging.Logger]:
 
 
 class LogListener:
-    """Writes a round into the log. A `loop.Listener`."""
+    """Writes a round into the log. A `rounds.Listener`."""
 
     def __init__(self, model: str) -> None:
         self.model = model

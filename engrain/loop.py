@@ -10,29 +10,32 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from agent.cluster import Cluster
 from agent.engines.base import Engine, asleep
 from agent.engines.transformers import TransformersEngine
 from agent.episode import Episode
-from agent.rollout import RolloutStats
-from distill.checkpoint import read_manifest
 from distill.monitor import StepMetrics
+from engrain.arrivals import arrivals
 from engrain.coach import open_coach
 from engrain.config import ImproveConfig
 from engrain.consolidate import consolidate
-from engrain.evaluate import failures, measure, outcomes, play_stored
-from engrain.gate import Gain, judge, paired_gain
+from engrain.evaluate import outcomes
+from engrain.gate import Gain, paired_gain
+from engrain.judge import MOMENTS, Student, judge
+from engrain.playing import Playing, load
 from engrain.redaction import redact
-from engrain.rounds import OodResult, RoundResult, RoundTasks
+from engrain.rounds import Listener, OodResult, RoundResult, RoundTasks
+from engrain.runs import begin_run, finish_run
 from engrain.weigh import Change, apply_changes, usable, weigh
 from envs.base import Task
 from memory.curate import admit, is_instance_bound
 from memory.effect import Effect, closed, paired
-from memory.embeddings import load
+from memory.embeddings import load as load_embedder
 from memory.extract import Extractor, alternate
 from memory.normalise import similarity
+from memory.reader import EngineReader, Reader
 from memory.records import (
     CheckpointRecord,
     CheckpointStatus,
@@ -42,28 +45,11 @@ from memory.records import (
     Knowledge,
     RoundRecord,
     RoundStatus,
-    RunRecord,
     digest,
 )
 from memory.store import Store
 
 STAGES = ("play", "extract", "curate", "select", "consolidate", "judge")
-
-
-class Listener(Protocol):
-    """Is told what happens; the command line draws it."""
-
-    def stage(self, name: str, text: str) -> None:
-        """A stage begins."""
-
-    def note(self, text: str) -> None:
-        """Something worth a line."""
-
-    def rollout(self, what: str, stats: RolloutStats) -> None:
-        """Episodes are being played."""
-
-    def step(self, metrics: StepMetrics, total: int) -> None:
-        """A training step is over."""
 
 
 class Round:
@@ -95,7 +81,7 @@ class Round:
         record: RoundRecord,
         folder: Path,
         listener: Listener,
-        open_coach: Callable[[str], AbstractContextManager[Engine]] = open_coach,
+        open_coach: Callable[[str], AbstractContextManager[Reader]] = open_coach,
         sampler: Engine | None = None,
         synced: bool = False,
         players: Cluster | None = None,
@@ -108,6 +94,7 @@ class Round:
         self.store, self.engine, self.config, self.record = store, engine, config, record
         self.folder, self.listener, self.open_coach = folder, listener, open_coach
         self.tasks, self.track, self.on_result = RoundTasks.draw(config), track, on_result
+        self.playing = Playing(store, self.player, config, record.id, listener)
         self.state: dict[str, Any] = dict(record.state)
         self._started = time.monotonic() - float(self.state.get("seconds", 0.0))
         self.parent = self._parent()
@@ -132,8 +119,8 @@ class Round:
         """Training tasks, played by the current checkpoint without knowledge."""
         tasks = self.tasks.play
         self._begin("play", f"{len(tasks)} training tasks of {self.config.world.env}, no knowledge")
-        self._load(self.parent, self.player)
-        episodes = self._play("play", tasks, sampling=self.config.play.sampling)
+        load(self.player, self.parent)
+        episodes = self.playing.play("play", tasks, sampling=self.config.play.sampling)
         self.listener.note(f"{sum(e.success for e in episodes)} of {len(episodes)} solved")
         return episodes
 
@@ -141,14 +128,15 @@ class Round:
         """The model looks back at its episodes and writes items."""
         if "extract" in self.state:
             return
-        chosen = alternate(episodes, self.config.extract.episodes, self.config.seed)
         settings = self.config.extract
-        reader = redact(settings.coach) if settings.coach else "the model"
-        self._begin("extract", f"{reader} reads {len(chosen)} of its episodes ({settings.mode})")
+        own, others = alternate(episodes, settings.episodes, self.config.seed), self._arrived()
+        who = redact(settings.coach) if settings.coach else "the model"
+        besides = f" and {len(others)} from elsewhere" if others else ""
+        self._begin("extract", f"{who} reads {len(own)} of its episodes{besides} ({settings.mode})")
         if settings.coach is None:
-            self._load(self.parent, self.sampler)
-        with self.open_coach(settings.coach) if settings.coach else nullcontext(self.sampler) as engine:
-            extractions = Extractor(engine, settings.mode).extract(chosen, self.config.seed)
+            load(self.sampler, self.parent)
+        with self.open_coach(settings.coach) if settings.coach else nullcontext(EngineReader(self.sampler)) as reader:
+            extractions = Extractor(reader, settings.mode).extract([*own, *others], self.config.seed)
         for extraction in extractions:
             self.store.add_extraction(extraction, self.record.id)
         items, malformed = sum(len(e.items) for e in extractions), sum(len(e.malformed) for e in extractions)
@@ -160,7 +148,7 @@ class Round:
         self._begin("curate", "admitting items, merging duplicates")
         settings = self.config.extract
         extractions = self.store.extractions(round_id=self.record.id)
-        embedder = load(settings.embeddings)
+        embedder = load_embedder(settings.embeddings)
         items = admit(
             self.store,
             extractions,
@@ -185,8 +173,8 @@ class Round:
             self._begin(
                 "select", f"up to {settings.candidates} candidates on {len(tasks)} validation tasks, in context"
             )
-            self._load(self.parent, self.player)
-            bare = self._evaluate("validation/bare", tasks)
+            load(self.player, self.parent)
+            bare = self.playing.evaluate("validation/bare", tasks, self.parent)
             self.listener.note(f"bare {bare.accuracy:.2f}")
             weighed = weigh(
                 items,
@@ -194,7 +182,9 @@ class Round:
                 settings,
                 seed=self.config.seed,
                 tokenizer=self.engine.tokenizer,
-                score=lambda k: outcomes(self._evaluate("validation/in_context", tasks, self._keep_knowledge(k))),
+                score=lambda k: outcomes(
+                    self.playing.evaluate("validation/in_context", tasks, self.parent, self._keep_knowledge(k))
+                ),
                 play=lambda k, places: self._some("validation/randomised", [tasks[p] for p in places], k, bare),
                 note=self.listener.note,
             )
@@ -219,23 +209,24 @@ class Round:
 
         def validate(sampler: TransformersEngine, step: int) -> float:
             name = f"validation/step-{step:06d}"
-            episodes = self._play(name, held_out, engine=sampler, sampling=self.config.evaluation.sampling)
+            episodes = self.playing.play(name, held_out, engine=sampler)
             accuracy = sum(e.success for e in episodes) / len(episodes)
             self.listener.note(f"validation after {step} steps: {accuracy:.2f}")
             return accuracy
 
-        run = self.store.add_run(
-            RunRecord(
-                id=self._run_id,
-                round_id=self.record.id,
-                method=config.method,
-                model=self.config.model,
-                parent=self.parent.id if self.parent else None,
-                knowledge=knowledge.id,
-                folder=str(self.folder),
-                seed=config.seed,
-                config=config.model_dump(mode="json"),
-            )
+        def step_over(metrics: StepMetrics) -> None:
+            self.store.settle()  # before a checkpoint of this step is: no weights without their episodes
+            self.listener.step(metrics, config.steps)
+
+        run = begin_run(
+            self.store,
+            self._run_id,
+            config,
+            model=self.config.model,
+            knowledge=knowledge,
+            folder=self.folder,
+            parent=self.parent,
+            round_id=self.record.id,
         )
         with nullcontext() if self.synced else asleep(self.sampler):
             fit = consolidate(
@@ -245,7 +236,7 @@ class Round:
                 config,
                 self.folder,
                 parent=self.parent,
-                on_step=lambda metrics: self.listener.step(metrics, config.steps),
+                on_step=step_over,
                 validate=validate,
                 on_episode=self._keep_training_episode,
                 sampler=self.sampler if self.synced else None,
@@ -253,60 +244,50 @@ class Round:
             )
         if fit.stopped:
             self.listener.note(f"stopped early: {fit.stopped}")
-        chosen = fit.best or fit.last
-        if chosen is None:
-            raise RuntimeError("training ended without a checkpoint")
-        manifest = read_manifest(chosen)
-        record = self.store.add_checkpoint(
-            CheckpointRecord(
-                id=manifest.id,
-                model=self.config.model,
-                path=str(chosen),
-                kind=manifest.kind,
-                parent=manifest.parent,
-                knowledge=manifest.knowledge,
-                round_id=self.record.id,
-                run_id=run.id,
-                manifest=manifest.model_dump(mode="json"),
-            )
-        )
-        history = [metrics.model_dump() for metrics in fit.history]
-        self.store.finish_run(run.id, RoundStatus.FINISHED, reason=fit.stopped or "", metrics=history)
+        record = finish_run(self.store, run, fit)
         self._done(
             "consolidate",
             {
                 "checkpoint": record.id,
                 "step": fit.best_step,
                 "validation": fit.validation,
-                "history": history,
+                "history": [metrics.model_dump() for metrics in fit.history],
                 "stopped": fit.stopped,
             },
         )
         return record
 
     def judge(self, knowledge: Knowledge, gap: Gain, checkpoint: CheckpointRecord) -> RoundResult:
-        """Bare, in context and distilled on test tasks; before and after on other worlds; promote or reject."""
-        tasks, others = self.tasks.test, self.tasks.ood
-        self._begin("judge", f"{len(tasks)} test tasks never seen before, and {len(others)} other worlds")
-        self._load(self.parent, self.player)
-        bare = self._evaluate("test/bare", tasks)
-        in_context = self._evaluate("test/in_context", tasks, knowledge)
-        before = {name: self._evaluate(f"ood/before/{name}", other) for name, other in others.items()}
-        between = {name: self._evaluate(f"ood/in_context/{name}", other, knowledge) for name, other in others.items()}
-        self._load(checkpoint, self.player)
-        distilled = self._evaluate("test/distilled", tasks, checkpoint=checkpoint)
-        after = {
-            name: self._evaluate(f"ood/after/{name}", other, checkpoint=checkpoint) for name, other in others.items()
+        """Bare, in context and distilled on test tasks and other worlds, until it is clear; promote or reject."""
+        settings, others = self.config.evaluation, self.tasks.ood
+        upto = f"{len(self.tasks.test)} test tasks never seen before, and {len(others)} other worlds"
+        self._begin("judge", upto if settings.looks == 1 else f"up to {upto}, in {settings.looks} looks")
+        texts = {Student.IN_CONTEXT: knowledge}
+        weights = {Student.DISTILLED: checkpoint}
+
+        def play(student: Student, name: str, tasks: Sequence[Task]) -> list[Episode]:
+            load(self.player, weights.get(student, self.parent))
+            return self.playing.play(name, tasks, texts.get(student))
+
+        def record(student: Student, name: str, episodes: Sequence[Episode]) -> EvaluationRecord:
+            return self.playing.keep(name, episodes, weights.get(student, self.parent), texts.get(student))
+
+        judged = judge(self.tasks, settings, play, self.listener.note)
+        evaluations = {
+            student.value: record(student, f"test/{student.value}", judged.test[student]) for student in Student
         }
-        verdict = judge(
-            outcomes(bare),
-            outcomes(distilled),
-            [outcome for evaluation in before.values() for outcome in outcomes(evaluation)],
-            [outcome for evaluation in after.values() for outcome in outcomes(evaluation)],
-            ood_margin=self.config.evaluation.ood_margin,
-        )
+        found = {
+            world: {
+                MOMENTS[student]: record(student, f"ood/{MOMENTS[student]}/{world}", played[student])
+                for student in Student
+            }
+            for world, played in judged.ood.items()
+        }
+        verdict = judged.verdict
+        self._done("judge", verdict.model_dump(mode="json"))
         if verdict.promoted:
             self._decide(checkpoint, CheckpointStatus.PROMOTED, verdict.reason)
+            load(self.player, checkpoint)
             self._absorb(knowledge, gap, checkpoint)
         else:
             self._decide(checkpoint, CheckpointStatus.REJECTED, verdict.reason)
@@ -317,8 +298,8 @@ class Round:
             gap=gap,
             verdict=verdict,
             checkpoint=self.store.checkpoint(checkpoint.id),
-            evaluations={"bare": bare, "in_context": in_context, "distilled": distilled},
-            ood={name: OodResult(before=before[name], in_context=between[name], after=after[name]) for name in others},
+            evaluations=evaluations,
+            ood={world: OodResult(**moments) for world, moments in found.items()},
         )
 
     # -- what the stages share ----------------------------------------------------------------------------------
@@ -329,12 +310,19 @@ class Round:
         if all(event.why != why for event in self.store.events(subject=checkpoint.id)):
             self.store.set_checkpoint_status(checkpoint.id, status, "engrain", why)
 
+    def _arrived(self) -> list[Episode]:
+        """Episodes from elsewhere that this round reads: the same ones however often it is begun."""
+        if "arrivals" not in self.state:
+            self._done("arrivals", arrivals(self.store, self.config, self.record, self.tasks.pool))
+        left = self.store.has_episodes(self.state["arrivals"])  # one may have been forgotten
+        return [self.store.episode(id_) for id_ in self.state["arrivals"] if id_ in left]
+
     def _absorb(self, knowledge: Knowledge, gap: Gain, checkpoint: CheckpointRecord) -> None:
         """Retire the items of a knowledge whose gap has closed: the weights know it now."""
         if "absorb" not in self.state:
             tasks = self.tasks.validation
-            bare = outcomes(self._evaluate("validation/distilled", tasks, checkpoint=checkpoint))
-            helped = outcomes(self._evaluate("validation/distilled_in_context", tasks, knowledge, checkpoint))
+            bare = outcomes(self.playing.evaluate("validation/distilled", tasks, checkpoint))
+            helped = outcomes(self.playing.evaluate("validation/distilled_in_context", tasks, checkpoint, knowledge))
             left, first = paired(bare, helped), Effect(gap.difference, gap.low, gap.high, gap.n)
             self.listener.note(f"left of the gap on validation tasks: {left}")
             why = f"checkpoint {checkpoint.id} knows it: in its context the knowledge adds {left}, before: {first}"
@@ -354,7 +342,7 @@ class Round:
             known = {result.task_id: result.success for result in bare.results}
             return [known[task.id] for task in tasks]
         kept = self._keep_knowledge(knowledge)
-        return [e.success for e in self._play(name, tasks, sampling=self.config.evaluation.sampling, knowledge=kept)]
+        return [episode.success for episode in self.playing.play(name, tasks, kept)]
 
     def _parent(self) -> CheckpointRecord | None:
         """The checkpoint the round began with, also when it promoted another before it was killed."""
@@ -363,56 +351,6 @@ class Round:
             self._done("parent", current.id if current else None)
         identity = self.state["parent"]
         return self.store.checkpoint(identity) if identity else None
-
-    def _load(self, checkpoint: CheckpointRecord | None, engine: Engine | Cluster) -> None:
-        wanted = checkpoint.id if checkpoint else None
-        if engine.checkpoint != wanted:
-            engine.load(Path(checkpoint.path) if checkpoint else None)
-            engine.checkpoint = wanted
-
-    def _play(
-        self,
-        name: str,
-        tasks: Sequence[Task],
-        *,
-        sampling: Any,
-        engine: Engine | None = None,
-        knowledge: Knowledge | None = None,
-    ) -> list[Episode]:
-        episodes = play_stored(
-            self.store,
-            tasks,
-            engine or self.player,
-            sampling=sampling,
-            namespace=f"{self.record.id}/{name}/{knowledge.id if knowledge else ''}",
-            stage=name,
-            round_id=self.record.id,
-            knowledge=knowledge,
-            seed=self.config.seed,
-            progress=lambda stats: self.listener.rollout(name, stats),
-        )
-        if failed := failures(episodes):
-            self.listener.note(f"{len(failed)} of {len(episodes)} episodes failed, the first: {failed[0].error}")
-        return episodes
-
-    def _evaluate(
-        self,
-        name: str,
-        tasks: Sequence[Task],
-        knowledge: Knowledge | None = None,
-        checkpoint: CheckpointRecord | None = None,
-    ) -> EvaluationRecord:
-        episodes = self._play(name, tasks, sampling=self.config.evaluation.sampling, knowledge=knowledge)
-        sampled_by = checkpoint or self.parent
-        return self.store.add_evaluation(
-            measure(
-                name,
-                episodes,
-                checkpoint=sampled_by.id if sampled_by else None,
-                knowledge=knowledge.id if knowledge else None,
-                round_id=self.record.id,
-            )
-        )
 
     @property
     def _run_id(self) -> str:

@@ -21,7 +21,7 @@ from engrain.rounds import RoundResult
 
 
 class MetricsListener:
-    """Counts what a loop does. A `loop.Listener` with a registry of its own."""
+    """Counts what a loop does. A `rounds.Listener` with a registry of its own."""
 
     def __init__(self, model: str) -> None:
         self.registry = registry = CollectorRegistry()

@@ -37,7 +37,10 @@ def machine() -> dict[str, Any]:
 
 
 def summary(result: RoundResult, config: ImproveConfig) -> dict[str, Any]:
-    """The round as plain data, as `report.json` holds it. Accuracies come with their 95% Wilson interval and count."""
+    """The round as plain data, as `report.json` holds it. Accuracies come with their 95% Wilson interval and count.
+
+    After an early stop (fewer tasks than there are, see `looks`) only the gain's interval allows for it.
+    """
     found = {name: _rate(evaluation) for name, evaluation in result.evaluations.items()}
     pooled = {
         moment: wilson([outcome for other in result.ood.values() for outcome in outcomes(getattr(other, moment))])
@@ -53,6 +56,7 @@ def summary(result: RoundResult, config: ImproveConfig) -> dict[str, Any]:
         **{name: rate.model_dump() for name, rate in found.items()},
         "recovery": _recovery(found),
         "gain": result.verdict.gain.model_dump() if result.verdict else None,
+        "looks": [look.model_dump(mode="json") for look in result.verdict.looks] if result.verdict else [],
         "validation_gap": result.gap.model_dump() if result.gap else None,
         **{f"ood_{moment}": rate.model_dump() for moment, rate in pooled.items()},
         "ood_worlds": {

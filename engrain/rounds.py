@@ -1,11 +1,14 @@
-"""What a round is made of: the tasks it will play, how it is opened, and what it comes to."""
+"""What a round is made of: the tasks it will play, how it is opened, who is told, and what it comes to."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Protocol
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
+from agent.rollout import RolloutStats
 from distill.monitor import StepMetrics
 from engrain.config import ImproveConfig
 from engrain.errors import RoundConflictError
@@ -15,6 +18,22 @@ from envs import registry
 from envs.base import Split, Task
 from memory.records import CheckpointRecord, EvaluationRecord, Knowledge, RoundRecord, RoundStatus
 from memory.store import Store
+
+
+class Listener(Protocol):
+    """Is told what happens; the command line draws it."""
+
+    def stage(self, name: str, text: str) -> None:
+        """A stage begins."""
+
+    def note(self, text: str) -> None:
+        """Something worth a line."""
+
+    def rollout(self, what: str, stats: RolloutStats) -> None:
+        """Episodes are being played."""
+
+    def step(self, metrics: StepMetrics, total: int) -> None:
+        """A training step is over."""
 
 
 @dataclass(frozen=True)
@@ -63,18 +82,28 @@ def open_round(store: Store, config: ImproveConfig, *, fresh: bool = False) -> R
     Raises:
         RoundConflictError: an unfinished round has other settings, and `fresh` is not set.
     """
-    settings = redacted(config.model_dump(mode="json"))
     unfinished = store.unfinished_round(config.model)
     if unfinished is not None and fresh:
         store.update_round(unfinished.id, status=RoundStatus.STOPPED, verdict="given up for a new round")
     elif unfinished is not None:
-        if dict(unfinished.config) != settings:
+        if not same_settings(unfinished.config, config):
             raise RoundConflictError(
                 f"round {unfinished.number} of {config.model} is unfinished and has other settings; "
                 "run it with its own settings, or pass --fresh to give it up"
             )
         return unfinished
-    return store.create_round(settings, config.seed, config.model)
+    return store.create_round(redacted(config.model_dump(mode="json")), config.seed, config.model)
+
+
+def same_settings(stored: Mapping[str, Any], config: ImproveConfig) -> bool:
+    """Whether a round was begun with these settings; those that it does not know yet count as the usual ones."""
+    settings = redacted(config.model_dump(mode="json"))
+    if dict(stored) == settings:
+        return True
+    try:
+        return bool(redacted(ImproveConfig.model_validate(dict(stored)).model_dump(mode="json")) == settings)
+    except ValidationError:
+        return False
 
 
 class OodResult(BaseModel):

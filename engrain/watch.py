@@ -7,11 +7,11 @@ from typing import Any
 
 from agent.rollout import RolloutStats
 from distill.monitor import StepMetrics
-from engrain.loop import Listener
+from engrain.rounds import Listener
 
 
 class Several:
-    """Tells all of them, in order. A `loop.Listener`."""
+    """Tells all of them, in order. A `rounds.Listener`."""
 
     def __init__(self, listeners: Sequence[Listener]) -> None:
         self.listeners = tuple(listeners)
@@ -38,7 +38,7 @@ class Several:
 
 
 class SafePoints:
-    """Calls `checks` wherever ending the round loses nothing: each raises if it has to end. A `loop.Listener`."""
+    """Calls `checks` wherever ending the round loses nothing: each raises if it has to end. A `rounds.Listener`."""
 
     def __init__(self, *checks: Callable[[], None]) -> None:
         self.checks = checks

@@ -67,6 +67,9 @@ def command(
         int | None, typer.Option(min=1, help="Tasks that choose knowledge and checkpoint.")
     ] = None,
     test_tasks: Annotated[int | None, typer.Option(min=1, help="Held-out tasks that judge the result.")] = None,
+    looks: Annotated[
+        int | None, typer.Option(min=1, max=10, help="Batches of them, with a test after each; 1 plays all of them.")
+    ] = None,
     engine: EngineOption = EngineName.TRANSFORMERS,
     base_url: BaseUrlOption = None,
     ray: RayOption = None,
@@ -144,7 +147,7 @@ def command(
     if train_tasks is not None:
         settings["play"]["tasks"] = train_tasks
         settings["play"]["episodes"] = min(train_tasks, settings["play"]["episodes"])
-    for name, count in (("validation_tasks", validation_tasks), ("test_tasks", test_tasks)):
+    for name, count in (("validation_tasks", validation_tasks), ("test_tasks", test_tasks), ("looks", looks)):
         if count is not None:
             settings["evaluation"][name] = count
     chosen = ImproveConfig.model_validate(settings)

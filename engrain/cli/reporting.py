@@ -14,9 +14,8 @@ from envs.errors import EngrainError
 if TYPE_CHECKING:
     from engrain.console import ConsoleListener
     from engrain.logs import LogListener
-    from engrain.loop import Listener
     from engrain.metrics import MetricsListener
-    from engrain.rounds import RoundResult
+    from engrain.rounds import Listener, RoundResult
     from memory.records import RoundRecord
 
 LogOption = Annotated[bool, typer.Option("--log-json", help="Log to standard error, one JSON object a line.")]

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import math
+from functools import cache
+
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import binom
 
-from engrain.gate import judge, paired_gain, recovery, wilson
+from engrain.gate import (
+    MAX_LOOKS,
+    Finding,
+    Gate,
+    Look,
+    Verdict,
+    paired_gain,
+    predicted,
+    recovery,
+    sizes,
+    wilson,
+)
 
 BOOLS = st.lists(st.booleans(), min_size=1, max_size=60)
 
@@ -62,15 +77,168 @@ def test_the_interval_holds_the_difference_and_mirrors(before: list[bool], rando
     assert (gain.gained, gain.lost) == (back.lost, back.gained)
 
 
+def flags(count: int, of: int) -> list[bool]:
+    return [True] * count + [False] * (of - count)
+
+
 def test_the_gate_wants_a_clear_gain_and_no_forgetting() -> None:
-    none, clear = [False] * 40, [True] * 30 + [False] * 10
-    same = [True] * 20 + [False] * 20
-    assert judge(none, clear, same, same, ood_margin=0.05).promoted
-    assert "no clear gain" in judge(none, [True] + [False] * 39, same, same, ood_margin=0.05).reason
-    worse = judge(none, clear, same, [True] * 10 + [False] * 30, ood_margin=0.05)
+    gate = Gate(40, looks=1)
+    same = flags(20, 40)
+
+    def judged(*lists: list[bool]) -> Verdict:
+        return gate.verdict([gate.look(*lists)])
+
+    assert judged(flags(0, 40), flags(30, 40), same, same).promoted
+    assert "no clear gain" in judged(flags(0, 40), flags(1, 40), same, same).reason
+    worse = judged(flags(0, 40), flags(30, 40), same, flags(10, 40))
     assert not worse.promoted
-    assert "out-of-distribution" in worse.reason
-    assert not judge([], [], [], [], ood_margin=0.05).promoted
+    assert "out-of-distribution accuracy fell by more than 0.05" in worse.reason
+    assert not judged([], [], [], []).promoted
+    assert judged(flags(0, 40), flags(30, 40), [], []).promoted  # no other worlds
+
+
+@pytest.mark.parametrize("looks", [1, 2, 4, MAX_LOOKS])
+def test_all_looks_together_may_err_as_often_as_was_asked_for(looks: int) -> None:
+    gate = Gate(96, looks, alpha=0.025)
+    levels = [gate.level(number) for number in range(1, looks + 1)]
+    assert sum(levels) == pytest.approx(0.025)
+    assert min(levels) == (0.025 if looks == 1 else 0.001)
+    steps = sizes(97, looks)
+    assert (len(steps), steps[-1]) == (looks, 97)
+    assert max(np.diff([0, *steps])) <= -(-97 // looks)
+
+
+def test_ten_gains_end_it_at_once_and_nine_do_not() -> None:
+    gate = Gate(96, looks=4, ood_margin=0.1)
+    same = flags(8, 16)
+    clear = gate.look(flags(0, 24), flags(10, 24), same, same)
+    assert (clear.gained, clear.kept, clear.last) == (Finding.YES, Finding.OPEN, False)
+    assert clear.gain.low > 0
+    assert clear.gain.confidence == pytest.approx(0.998)
+    assert "99.8% interval" in str(clear.gain)
+    unclear = gate.look(flags(0, 24), flags(9, 24), same, same)
+    assert unclear.gained is Finding.OPEN
+    assert unclear.chance is not None
+    assert unclear.chance > 0.95
+
+
+def test_what_is_settled_stays_and_the_last_look_settles_the_rest() -> None:
+    gate = Gate(96, looks=2, ood_margin=0.1)
+    first = gate.look(flags(0, 48), flags(30, 48), flags(8, 16), flags(7, 16))
+    assert (first.gained, first.kept) == (Finding.YES, Finding.OPEN)
+    second = gate.look(flags(0, 48), flags(0, 48), flags(16, 32), flags(15, 32), first)
+    assert (second.gained, second.kept, second.last) == (Finding.YES, Finding.YES, True)
+    assert second.gain == first.gain  # no test task was played for the second look
+    verdict = gate.verdict([first, second])
+    assert verdict.promoted
+    assert verdict.looks == (first, second)
+    assert "after look 2 of 2" in verdict.reason
+
+
+def test_a_clear_loss_elsewhere_ends_it_though_the_gain_is_open() -> None:
+    gate = Gate(96, looks=4, ood_margin=0.05)
+    look = gate.look(flags(5, 24), flags(9, 24), flags(40, 40), flags(10, 40))
+    assert (look.gained, look.kept, look.last) == (Finding.OPEN, Finding.NO, True)
+    assert not gate.verdict([look]).promoted
+    assert look.ood.high < -0.05
+
+
+def test_the_predictive_probability_is_that_of_playing_on() -> None:
+    random = np.random.default_rng(0)
+    seen, left, level = paired_gain(*pairs(4, 7, 2, 11)), 40, 0.022
+    draws = random.dirichlet([7 + 0.5, 2 + 0.5, 15 + 0.5], size=20_000)
+    more = np.array([random.multinomial(left, p) for p in draws])
+    gains, losses = 7 + more[:, 0], 2 + more[:, 1]
+    wins = binom.sf(gains - 1, gains + losses, 0.5) <= level
+    assert predicted(seen, left, level) == pytest.approx(wins.mean(), abs=0.012)
+    assert predicted(paired_gain(*pairs(0, 30, 0, 0)), 0, level) == 1.0
+    assert predicted(paired_gain(*pairs(10, 0, 5, 10)), 20, level) < 0.01
+
+
+Counts = tuple[int, int, int, int]
+
+
+@cache
+def gained(gate: Gate, number: int, counts: Counts) -> Finding:
+    """What a look of that number says of the gain, other worlds left out."""
+    before, after = pairs(*counts)
+    earlier = None
+    if number > 1:
+        none = paired_gain([], [])
+        earlier = Look(number=number - 1, of=gate.looks, level=0.001, gain=none, gained=Finding.OPEN, chance=0.5,
+                       ood=none, kept=Finding.OPEN)  # fmt: skip
+    return gate.look(before, after, [], [], earlier).gained
+
+
+def played(gate: Gate, cells: tuple[float, ...], runs: int, seed: int) -> tuple[float, float]:
+    """Share of runs that find a gain, and mean tasks played, with these chances of both, gain, loss, neither."""
+    random, found, tasks = np.random.default_rng(seed), 0, 0
+    batches = np.diff([0, *sizes(gate.tasks, gate.looks)])
+    for _ in range(runs):
+        counts = np.zeros(4, dtype=int)
+        for number, batch in enumerate(batches, 1):
+            counts += random.multinomial(batch, cells)
+            finding = gained(gate, number, tuple(int(c) for c in counts))
+            if finding is not Finding.OPEN:
+                break
+        found += finding is Finding.YES
+        tasks += int(counts.sum())
+    return found / runs, tasks / runs
+
+
+@pytest.mark.parametrize("cells", [(0.3, 0.1, 0.1, 0.5), (0.2, 0.3, 0.3, 0.2)])
+def test_a_student_that_is_no_better_is_promoted_no_more_often_than_alpha(cells: tuple[float, ...]) -> None:
+    error, tasks = played(Gate(48, looks=4), cells, runs=1500, seed=0)
+    assert error <= 0.025 + 3 * math.sqrt(0.025 * 0.975 / 1500)
+    assert tasks < 48  # futility ends some of them early
+
+
+@pytest.mark.parametrize("cells", [(0.3, 0.25, 0.05, 0.4), (0.1, 0.2, 0.02, 0.68)])
+def test_looking_early_costs_little_power(cells: tuple[float, ...]) -> None:
+    early, tasks = played(Gate(64, looks=4), cells, runs=500, seed=1)
+    fixed, _ = played(Gate(64, looks=1), cells, runs=500, seed=1)
+    assert 0.5 < fixed < 0.99  # there is something to lose
+    assert early >= fixed - 0.05
+    assert tasks < 60
+
+
+def test_a_clear_case_needs_a_fraction_of_the_tasks() -> None:
+    power, tasks = played(Gate(96, looks=4), (0.02, 0.85, 0.01, 0.12), runs=200, seed=2)
+    assert power == 1.0
+    assert tasks == 24
+
+
+RANK = {Finding.NO: 0, Finding.OPEN: 1, Finding.YES: 2}
+CELLS = st.tuples(*[st.integers(0, 12)] * 4).filter(lambda cells: sum(cells) > 0)
+
+
+@given(CELLS, st.integers(1, 4))
+@settings(deadline=None, max_examples=60)
+def test_solving_one_task_more_never_makes_a_verdict_worse(cells: Counts, number: int) -> None:
+    both, only_after, only_before, neither = cells
+    gate = Gate(60, looks=4)
+    now = gained(gate, number, cells)
+    if neither:
+        assert RANK[gained(gate, number, (both, only_after + 1, only_before, neither - 1))] >= RANK[now]
+    if only_before:
+        assert RANK[gained(gate, number, (both + 1, only_after, only_before - 1, neither))] >= RANK[now]
+
+
+@given(CELLS, CELLS, st.integers(1, 4))
+@settings(deadline=None, max_examples=60)
+def test_a_promotion_is_never_without_a_gain_and_the_end_is_an_end(cells: Counts, others: Counts, looks: int) -> None:
+    gate = Gate(sum(cells), looks=looks, ood_margin=0.1)
+    found: list[Look] = []
+    while not found or not found[-1].last:
+        found.append(gate.look(*pairs(*cells), *pairs(*others), found[-1] if found else None))
+    assert len(found) <= looks
+    verdict = gate.verdict(found)
+    assert verdict.promoted == (found[-1].gained is found[-1].kept is Finding.YES)
+    if verdict.promoted:
+        assert verdict.gain.low > 0
+        assert verdict.gain.p_value <= 0.05
+        assert verdict.ood.difference >= -0.1
+    assert Verdict.model_validate_json(verdict.model_dump_json()) == verdict
 
 
 def test_recovery_is_none_without_a_gap() -> None:

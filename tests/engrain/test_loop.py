@@ -20,6 +20,7 @@ from distill.config import DistillConfig, LoraSettings
 from distill.monitor import GuardConfig
 from engrain.config import EvaluationConfig, ExtractConfig, ImproveConfig, OodSpec, PlayConfig, WorldSpec
 from engrain.errors import RoundConflictError
+from engrain.gate import Verdict
 from engrain.loop import STAGES, Round
 from engrain.report import summary, table, write
 from engrain.rounds import open_round
@@ -107,7 +108,12 @@ def config() -> ImproveConfig:
         play=PlayConfig(tasks=12, episodes=4, sampling=GREEDY),
         extract=ExtractConfig(episodes=2, budget_tokens=200, candidates=2),
         evaluation=EvaluationConfig(
-            validation_tasks=6, test_tasks=16, sampling=GREEDY, ood=(OodSpec(env="mimic", tasks=4),), ood_margin=1.0
+            validation_tasks=6,
+            test_tasks=16,
+            looks=1,
+            sampling=GREEDY,
+            ood=(OodSpec(env="mimic", tasks=4),),
+            ood_margin=1.0,
         ),
         distill=DistillConfig(
             objective="forward_kl",
@@ -332,6 +338,38 @@ def test_a_round_cut_anywhere_ends_like_an_unbroken_one(run, tmp_path, cut, unbr
     assert books(tmp_path / "cut.db") == unbroken(run, tmp_path)
 
 
+@pytest.mark.parametrize("cut", [33, 40, 48])
+def test_a_judge_stage_cut_between_looks_plays_nothing_twice(run, config, tmp_path, monkeypatch, cut) -> None:
+    # half of the test tasks cannot be solved, so that no look but the last is clear
+    for index in range(16):
+        question = f"q{1000 * list(Split).index(Split.TEST) + index}"
+        if index % 2:
+            monkeypatch.setitem(ANSWERS, question, "never said")
+    evaluation = config.evaluation.model_copy(update={"looks": 4})
+    asked: dict[str, int] = {}
+    generate = TransformersEngine.generate
+
+    def counted(self: Any, prompts: Any, sampling: Any) -> Any:
+        asked["replies"] = asked.get("replies", 0) + len(prompts)
+        return generate(self, prompts, sampling)
+
+    monkeypatch.setattr(TransformersEngine, "generate", counted)
+    whole, _ = run("whole", Recorder(), evaluation=evaluation)
+    assert whole.verdict is not None
+    unbroken = asked.pop("replies")
+    with pytest.raises(Killed):
+        run("cut", Recorder(("rollout", cut)), evaluation=evaluation)
+    resumed, _ = run("cut", Recorder(), evaluation=evaluation)
+    assert books(tmp_path / "cut.db") == books(tmp_path / "whole.db")
+    assert resumed.verdict == whole.verdict
+    with Store.open(str(tmp_path / "cut.db")) as store:
+        (record,) = store.rounds()
+        kept = Verdict.model_validate(record.state["judge"])  # both outcomes with their evidence
+    assert kept == whole.verdict
+    assert [look.number for look in kept.looks] == list(range(1, len(kept.looks) + 1))
+    assert asked["replies"] <= unbroken + 16  # at most the batch that was under way
+
+
 def test_without_a_gap_nothing_is_trained(run, tmp_path, monkeypatch) -> None:
     for question in ANSWERS:
         monkeypatch.setitem(ANSWERS, question, "never said")
@@ -390,6 +428,27 @@ def test_a_coach_reads_and_effects_are_measured_by_randomised_inclusion(
         assert {(e.method, e.n) for e in store.effects()} == {("randomised", 6)}
         assert len(store.effects()) == len(store.items()) == 3
         assert store.episode_rows(stage="validation/randomised")
+
+
+def test_of_two_items_that_contradict_each_other_validation_retires_one(run, tmp_path, monkeypatch) -> None:
+    other = "Never answer in the way of the old masters."
+
+    def wrote(self: Extractor, episodes: Any, seed: int) -> Any:
+        lines = f"- EXPERIENCE ITEM: {other}\n- EXPERIENCE ITEM: {ITEM}"
+        return [self._extraction([e], seed, lines, _Parsed((other, ITEM), ())) for e in episodes]
+
+    monkeypatch.setattr(Extractor, "extract", wrote)
+    run("torn", Recorder())
+    with Store.open(str(tmp_path / "torn.db")) as store:
+        items = {item.text: item for item in store.items()}
+        marks = {item.text: [(f.flag, f.other) for f in item.flags] for item in items.values()}
+        assert marks == {ITEM: [("contradicts", items[other].id)], other: [("contradicts", items[ITEM].id)]}
+        assert all(len(text.items) == 1 for text in store.knowledge_versions())  # never in one text
+        assert items[other].status is ItemStatus.RETIRED
+        assert items[ITEM].status is not ItemStatus.RETIRED
+        last = store.events(subject=items[other].id)[-1]
+        assert (last.who, last.action) == ("engrain", "retired")
+        assert f"contradicts item {items[ITEM].id}, which does more on validation tasks: +1.00" in last.why
 
 
 def test_an_unfinished_round_of_other_settings_is_not_mixed_up(run, config, tmp_path) -> None:
