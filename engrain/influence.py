@@ -5,13 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from agent.episode import Episode
 from engrain.errors import NothingSampledError
-from engrain.scoring import Scorer, by_turn
+from engrain.play import sampled_turns
 from memory.records import Knowledge
 from memory.render import render_knowledge
+
+if TYPE_CHECKING:
+    from engrain.scoring import Scorer
 
 #: Items that are left out at most, each at the price of one forward.
 MOST_ITEMS = 24
@@ -95,7 +98,7 @@ def influence(
     """
     lines = parts(knowledge)
     tried = lines[:most]
-    turns = by_turn(episode)
+    turns = sampled_turns(episode)
     if not turns:
         raise NothingSampledError(f"episode {episode.id[:10]} has no reply that the model sampled and the world heard")
     total = len(tried) + 1

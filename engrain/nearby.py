@@ -16,10 +16,10 @@ _TURN_SECONDS = 120.0
 
 def open_env(task: Task) -> Env:
     """The task's env, in a worker process where its world may crash or hang."""
-    return _Elsewhere(task) if registry.isolated(task) else registry.make(task)
+    return Nearby(task) if registry.isolated(task) else registry.make(task)
 
 
-class _Elsewhere(Env):
+class Nearby(Env):
     """An env in a worker process, called from here as if it were here."""
 
     def __init__(self, task: Task) -> None:

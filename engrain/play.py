@@ -11,6 +11,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime
@@ -258,6 +259,17 @@ def human_turns(episode: Episode) -> tuple[bool, ...]:
     In an episode with a person (`Episode.human`) those are the turns of which nothing was sampled.
     """
     return tuple(episode.human and not any(episode.loss_mask[t.start : t.end]) for t in episode.turns)
+
+
+def sampled_turns(episode: Episode) -> list[tuple[int, slice]]:
+    """Each turn with sampled tokens: its number from 0, and its place among all sampled tokens of the episode."""
+    places = [i for i, sampled in enumerate(episode.loss_mask) if sampled]
+    found = []
+    for number, turn in enumerate(episode.turns):
+        start, end = bisect_left(places, turn.start), bisect_left(places, turn.end)
+        if start < end:
+            found.append((number, slice(start, end)))
+    return found
 
 
 class Watcher(Protocol):

@@ -73,14 +73,3 @@ class Scorer:
         if self._backbone is None or seen[0] is not self._seen[0] or seen[1] != self._seen[1]:
             self._backbone, self._seen = Backbone(self.engine.network), seen
         return self._backbone
-
-
-def by_turn(episode: Episode) -> list[tuple[int, slice]]:
-    """Each turn with sampled tokens: its number from 0, and its place among all sampled tokens of the episode."""
-    places = [i for i, sampled in enumerate(episode.loss_mask) if sampled]
-    found = []
-    for number, turn in enumerate(episode.turns):
-        inside = [rank for rank, place in enumerate(places) if turn.start <= place < turn.end]
-        if inside:
-            found.append((number, slice(inside[0], inside[-1] + 1)))
-    return found

@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from agent.episode import Episode
 from agent.renderer import Renderer
-from engrain.scoring import Scorer, by_turn
+from engrain.play import sampled_turns
+
+if TYPE_CHECKING:  # it imports torch, which a person who plays alone need not wait for
+    from engrain.scoring import Scorer
 
 _LONGEST = 4  # bytes of a character in UTF-8
 
@@ -84,7 +87,7 @@ def token_gap(
         teacher = scorer.logprobs(sample, sample.teacher_prompt)
     sampled = [id_ for id_, mark in zip(episode.token_ids, episode.loss_mask, strict=True) if mark]
     replies = []
-    for number, place in by_turn(episode):
+    for number, place in sampled_turns(episode):
         ids = sampled[place]
         rows = zip(ids, pieces(ids, scorer.renderer), student[place], teacher[place], strict=True)
         replies.append(ReplyGap(number + 1, tuple(TokenGap(*row) for row in rows)))

@@ -21,7 +21,7 @@ from envs.base import Split, Step, Task
 #: Colour by who speaks.
 STYLES = {"rules": "dim", "world": "cyan", "feedback": "yellow", "agent": "green", "you": "magenta"}
 _LABEL = 8  # width of "feedback"
-_WIDEST = 110  # lines longer than that are hard to read
+_NARROWEST, _WIDEST = 30, 110  # narrower than that is no terminal, longer lines are hard to read
 
 _ENDED = {
     StopReason.MAX_TURNS: "no turns are left",
@@ -60,6 +60,9 @@ class Screen(ABC):
     @abstractmethod
     def entries(self, rows: Sequence[tuple[str, str]]) -> None:
         """Short keys, each with a text."""
+
+    def gap(self) -> None:  # noqa: B027 - nothing in plain mode
+        """What follows is something new."""
 
     @contextmanager
     def waiting(self, what: str) -> Iterator[None]:
@@ -117,6 +120,7 @@ class Screen(ABC):
 
     def _turn(self, match: Match) -> None:
         if match.max_turns > 1:
+            self.gap()
             self.facts(f"turn {len(match.turns) + 1} of {match.max_turns}", style="dim")
 
 
@@ -126,7 +130,7 @@ class Labelled(Screen):
     @property
     def width(self) -> int:
         """Columns that are written in."""
-        return min(self.console.width, _WIDEST)
+        return max(_NARROWEST, min(self.console.width, _WIDEST))
 
     def say(self, who: str, text: str, note: str = "") -> None:
         """Somebody's words beside their label."""
@@ -156,9 +160,13 @@ class Labelled(Screen):
         """One line, separated by commas."""
         self.beside("", Text(", ".join(map(printable, facts)), style=style))
 
+    def gap(self) -> None:
+        """An empty line."""
+        self.console.print()
+
     def heading(self, text: str) -> None:
         """A bold line after an empty one."""
-        self.console.print()
+        self.gap()
         self.columns([(Text(printable(text), style="bold"), self.width - 1)])
 
     def entries(self, rows: Sequence[tuple[str, str]]) -> None:

@@ -126,11 +126,13 @@ class Sitting:
                 if episode is None or self.left:
                     break
                 found.append((arm.name, episode))
-            show_comparison(self.screen, found)
-            if not self.left:
-                for arm, (name, episode) in zip(arms, found, strict=True):
-                    load(engine, arm.checkpoint)
-                    more[name] = self._closer(episode, closer, arm, arms[0].checkpoint, one_of_many=True)
+            if found:
+                show_comparison(self.screen, found)
+            for arm, (name, episode) in zip(arms, found, strict=False):
+                if self.left or closer is None:
+                    break
+                load(engine, arm.checkpoint)
+                more[name] = self._closer(episode, closer, arm, arms[0].checkpoint, one_of_many=True)
             arms_facts = {name: {**e.model_dump(mode="json"), **more.get(name, {})} for name, e in found}
             self.facts.append({"task": task.id, "seed": self.seed, "arms": arms_facts})
             if self.left:
@@ -167,7 +169,7 @@ class Sitting:
             if keyboard is None:
                 return suggestion
             text = match.text_of(suggestion)
-            self.screen.say("agent", text or "(nothing)", "Enter takes it, or type your own, or /help")
+            self.screen.say("agent", text or "(nothing)", "Enter takes it, or type your own")
             own = keyboard.reply(match, text)
             return suggestion if own is None else own
 

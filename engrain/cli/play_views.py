@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
@@ -62,7 +63,7 @@ def painted(reply: ReplyGap, console: Console, width: int) -> Text:
         painted.append("\n" if number else "")
         for char, strength in line:
             painted.append(char, _STYLES[strength] if colour else "")
-        marks = "".join(_MARKS[strength] for _, strength in line).rstrip()
+        marks = "".join(_MARKS[strength] * cell_len(char) for char, strength in line).rstrip()
         if marks and not colour:
             painted.append(f"\n{marks}")
     return painted
@@ -109,12 +110,14 @@ def _share(logprob: float) -> str:
 def _lines(cells: Sequence[tuple[str, int]], width: int) -> Iterator[list[tuple[str, int]]]:
     """Broken at line ends and at the width, so that marks can stand under the characters."""
     line: list[tuple[str, int]] = []
+    used = 0
     for char, strength in cells:
+        if char == "\n" or used + cell_len(char) > width:
+            yield line
+            line, used = [], 0
         if char != "\n":
             line.append((char, strength))
-        if char == "\n" or len(line) >= width:
-            yield line
-            line = []
+            used += cell_len(char)
     if line:
         yield line
 
@@ -142,10 +145,11 @@ def show_comparison(screen: Screen, played: Sequence[tuple[str, Episode]]) -> No
         for name, episode in played:
             _alone(screen, name, episode, single)
     apart = parting(episodes)
-    if apart is None:
+    if len(played) > 1 and apart is None:
         screen.facts("all said the same", style="dim")
-    elif not single:
+    elif apart is not None and not single:
         screen.facts(f"they part at turn {apart + 1}", style="dim")
+    screen.facts("stored as " + ", ".join(episode.id[:10] for episode in episodes), style="dim")
 
 
 def _alone(screen: Screen, name: str, episode: Episode, single: bool) -> None:

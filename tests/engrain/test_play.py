@@ -239,13 +239,25 @@ def test_a_prompt_without_room_ends_the_game(engine: Parrot) -> None:
 
 
 def test_a_person_alone_plays_in_a_worker_process() -> None:
-    (task,) = registry.world("frozenlake", {"size": "2", "holes": "0"}).tasks(Split.TRAIN, 1, 0)
-    moves = iter(["nonsense", "[down]", "[right]"])
-    episode, _, _ = run(HumanMatch(task), lambda match: next(moves))
+    options = {"game": "coin_collector", "level": "1", "max_turns": "2"}
+    (task,) = registry.world("textworld", options).tasks(Split.TRAIN, 1, 0)
+    assert registry.isolated(task)
+    said: list[str] = []
+
+    def choose(match: HumanMatch) -> str:
+        said.append((match.observation.admissible or ("",))[-1])
+        return said[-1]
+
+    match = HumanMatch(task)
+    episode, kept, _ = run(match, choose)
     assert episode is not None
-    assert (episode.success, episode.model, episode.human) == (True, "human", True)
-    assert human_turns(episode) == (True, True, True)
-    assert [turn.action for turn in episode.turns] == ["nonsense", "[down]", "[right]"]
+    assert kept == [episode]
+    assert (episode.model, episode.human, episode.error) == ("human", True, None)
+    assert human_turns(episode) == (True,) * len(episode.turns)
+    assert [turn.action for turn in episode.turns] == said
+    assert all(said)
+    assert episode.messages[0].content == match.system != ""
+    assert episode.success == (episode.score == 1.0)
 
 
 def typing(monkeypatch: pytest.MonkeyPatch, *lines: str) -> tuple[Keyboard, io.StringIO]:

@@ -47,14 +47,15 @@ class Terminal:
             preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
         )
         os.close(slave)
-        self.shown = ""
+        self.shown, self.seen = "", 0
 
-    def until(self, text: str, seconds: float = 240) -> None:
-        """Read until `text` stands on the screen after what was read before."""
-        start, deadline = len(self.shown), time.monotonic() + seconds
-        while text not in self.shown[start:]:
+    def until(self, text: str, seconds: float = 120) -> None:
+        """Read until `text` stands on the screen, after what was waited for before."""
+        deadline = time.monotonic() + seconds
+        while text not in self.shown[self.seen :]:
             assert time.monotonic() < deadline, f"no {text!r} in {self.shown!r}"
             assert self._read(), f"ended without {text!r}: {self.shown!r}"
+        self.seen = self.shown.index(text, self.seen) + len(text)
 
     def type(self, text: str) -> None:
         os.write(self.master, text.encode())
@@ -89,7 +90,7 @@ def stored(engrain_home: Path) -> Store:
 
 
 def test_a_menu_leads_to_a_game_and_ctrl_c_keeps_it(engrain_home: Path) -> None:
-    terminal = Terminal("-o", "size=4", "-o", "holes=0", "--seed", "1", TERM="xterm-256color")
+    terminal = Terminal("--seed", "1", TERM="xterm-256color")
     terminal.until("Enter for 1> ")
     terminal.type("frozenlake\r")
     terminal.until("Enter for 1> ")
@@ -115,7 +116,7 @@ def test_a_menu_leads_to_a_game_and_ctrl_c_keeps_it(engrain_home: Path) -> None:
 
 def test_deciding_together_without_colour(engrain_home: Path, tiny_folder: Path) -> None:
     terminal = Terminal(
-        "frozenlake", "-o", "size=4", "-o", "holes=0", "--co", "-m", str(tiny_folder), "--max-tokens", "8",
+        "frozenlake", "--co", "-m", str(tiny_folder), "--max-tokens", "8",
         "--gap", "--against", str(_rules(tiny_folder)), NO_COLOR="1",
     )  # fmt: skip
     terminal.until("you> ")
