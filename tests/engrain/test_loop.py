@@ -451,6 +451,27 @@ def test_of_two_items_that_contradict_each_other_validation_retires_one(run, tmp
         assert f"contradicts item {items[ITEM].id}, which does more on validation tasks: +1.00" in last.why
 
 
+def test_of_two_items_that_contradict_each_other_validation_retires_one(run, tmp_path, monkeypatch) -> None:
+    other = "Never answer in the way of the old masters."
+
+    def wrote(self: Extractor, episodes: Any, seed: int) -> Any:
+        lines = f"- EXPERIENCE ITEM: {other}\n- EXPERIENCE ITEM: {ITEM}"
+        return [self._extraction([e], seed, lines, _Parsed((other, ITEM), ())) for e in episodes]
+
+    monkeypatch.setattr(Extractor, "extract", wrote)
+    run("torn", Recorder())
+    with Store.open(str(tmp_path / "torn.db")) as store:
+        items = {item.text: item for item in store.items()}
+        marks = {item.text: [(f.flag, f.other) for f in item.flags] for item in items.values()}
+        assert marks == {ITEM: [("contradicts", items[other].id)], other: [("contradicts", items[ITEM].id)]}
+        assert all(len(text.items) == 1 for text in store.knowledge_versions())  # never in one text
+        assert items[other].status is ItemStatus.RETIRED
+        assert items[ITEM].status is not ItemStatus.RETIRED
+        last = store.events(subject=items[other].id)[-1]
+        assert (last.who, last.action) == ("engrain", "retired")
+        assert f"contradicts item {items[ITEM].id}, which does more on validation tasks: +1.00" in last.why
+
+
 def test_an_unfinished_round_of_other_settings_is_not_mixed_up(run, config, tmp_path) -> None:
     with pytest.raises(Killed):
         run("mixed", Recorder(("stage", 3)))
