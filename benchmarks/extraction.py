@@ -34,6 +34,7 @@ from engrain.rounds import RoundTasks
 from memory.curate import admit, candidates
 from memory.extract import Extractor, alternate
 from memory.prompts import MODES
+from memory.reader import Reader
 from memory.records import Knowledge
 from memory.select import select
 from memory.store import Store
@@ -60,7 +61,7 @@ def played(engine: TransformersEngine, config: ImproveConfig, tasks: RoundTasks)
 
 
 def run(
-    engine: TransformersEngine, reader: Engine, mode: Any, config: ImproveConfig, bare: dict[str, list[bool]]
+    engine: TransformersEngine, reader: Engine | Reader, mode: Any, config: ImproveConfig, bare: dict[str, list[bool]]
 ) -> dict[str, Any]:
     """One mode on one seed."""
     tasks, settings = RoundTasks.draw(config), config.extract
@@ -104,7 +105,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
-    parser.add_argument("--coach", help="MODEL or MODEL@URL that also reads the episodes, in all modes")
+    parser.add_argument("--coach", help="MODEL, MODEL@URL or URL that also reads the episodes, in all modes")
     parser.add_argument("--test-tasks", type=int, default=96)
     parser.add_argument("--out", type=Path, default=Path("runs/extraction"))
     given = parser.parse_args()
@@ -113,7 +114,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for reader_name in [None, given.coach] if given.coach else [None]:
         opened = open_coach(reader_name) if reader_name else None
-        reader: Engine = opened.__enter__() if opened else engine
+        reader: Engine | Reader = opened.__enter__() if opened else engine
         for seed in given.seeds:
             base = demo_config(seed=seed)
             evaluation = base.evaluation.model_copy(update={"test_tasks": given.test_tasks, "ood": ()})

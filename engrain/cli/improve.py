@@ -53,7 +53,7 @@ def command(
     ] = None,
     coach: Annotated[
         str | None,
-        typer.Option(metavar="MODEL[@URL]", help="Another model that reads the episodes, here or on a server."),
+        typer.Option(metavar="MODEL[@URL]", help="Another model that reads the episodes, here or on a chat server."),
     ] = None,
     objective: Annotated[
         str | None, typer.Option(help="reverse_kl (the paper), forward_kl, jsd, skew_kl or topk; on-policy, exact.")
@@ -102,7 +102,7 @@ def command(
     that nothing needs are removed after each round, as `engrain checkpoints prune` does it.
     """
     from engrain.cli.model import resolve_with_bar
-    from engrain.coach import parts
+    from engrain.coach import check_coach
     from engrain.config import ImproveConfig
     from engrain.consolidate import dismiss
     from engrain.demo import demo_config
@@ -155,7 +155,7 @@ def command(
     if joined(chosen.model, chosen.distill.teacher, track):
         return
     if chosen.extract.coach:
-        resolve_with_bar(parts(chosen.extract.coach)[0])
+        check_coach(chosen.extract.coach, resolve_with_bar)
 
     rounds = Schedule(every=seconds(every) if every else 0.0, min_episodes=min_episodes or 0)
     budget = size(disk_budget) if disk_budget else None
