@@ -103,7 +103,7 @@ class Keyboard:
 
     def _offer(self, choices: Sequence[str]) -> None:
         if choices:
-            self.screen.entries([(str(number), choice) for number, choice in enumerate(choices, 1)])
+            self.screen.numbered(choices)
 
     def _command(self, words: str, match: Match, choices: Sequence[str]) -> None:
         match words.split()[0].lower():
@@ -112,7 +112,7 @@ class Keyboard:
             case "/rules":
                 self.screen.say("rules", match.system or "this world gives none")
             case "/look":
-                self.screen.say("world", match.observation.text)
+                self.screen.heard(match.observation)
             case "/actions":
                 self._offer(choices)
                 if not choices:

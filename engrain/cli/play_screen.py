@@ -10,13 +10,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
 from agent.episode import Episode, StopReason, Turn
 from engrain.cli.common import printable
 from engrain.play import Match, human_turns
-from envs.base import Split, Step, Task
+from envs.base import Observation, Split, Step, Task
 
 #: Colour by who speaks.
 STYLES = {"rules": "dim", "world": "cyan", "feedback": "yellow", "agent": "green", "you": "magenta"}
@@ -61,6 +62,10 @@ class Screen(ABC):
     def entries(self, rows: Sequence[tuple[str, str]]) -> None:
         """Short keys, each with a text."""
 
+    @abstractmethod
+    def numbered(self, choices: Sequence[str], numbers: bool = True) -> None:
+        """What may be said, with the numbers that stand for it."""
+
     def gap(self) -> None:  # noqa: B027 - nothing in plain mode
         """What follows is something new."""
 
@@ -81,7 +86,7 @@ class Screen(ABC):
         if match.system:
             self.say("rules", match.system)
         self._turn(match)
-        self.say("world", match.observation.text)
+        self.heard(match.observation)
 
     def moved(self, match: Match, turn: Turn, step: Step, seconds: float, human: bool) -> None:
         """A reply was given and answered."""
@@ -90,7 +95,14 @@ class Screen(ABC):
             self.replied("agent", turn.action, f"{seconds:.1f} s, {count(tokens, 'token')}")
         if match.ended is None:
             self._turn(match)
-        self.say("world", step.observation.text)
+        self.heard(step.observation)
+
+    def heard(self, observation: Observation) -> None:
+        """The world's words; a list of actions at their end is drawn closer, or left to the keyboard's numbers."""
+        text, choices = apart(observation)
+        self.say("world", text)
+        if choices and not self.seated:
+            self.numbered(choices, numbers=False)
 
     def replied(self, who: str, text: str, note: str = "") -> None:
         """A reply as it went to the world."""
@@ -176,6 +188,18 @@ class Labelled(Screen):
             key = f"{printable(key):>{wide}}"
             self.columns([(Text(key, style="bold"), wide), (Text(printable(text)), self.width - wide - 2)])
 
+    def numbered(self, choices: Sequence[str], numbers: bool = True) -> None:
+        """In columns, read downwards."""
+        cells = [
+            f"{place:>2} {choice}" if numbers else choice for place, choice in enumerate(map(printable, choices), 1)
+        ]
+        wide = max(map(cell_len, cells))
+        across = max(1, (self.width - _LABEL - 1) // (wide + 2))
+        down = -(-len(cells) // across)
+        for row in range(down):
+            line = "  ".join(cell + " " * (wide - cell_len(cell)) for cell in cells[row::down])
+            self.beside("", Text(line.rstrip(), style="" if numbers else "dim"))
+
     @contextmanager
     def waiting(self, what: str) -> Iterator[None]:
         """A spinner, where the terminal can draw one and it disturbs nobody."""
@@ -210,7 +234,14 @@ class Plain(Screen):
     def entries(self, rows: Sequence[tuple[str, str]]) -> None:
         """`key: text`."""
         for key, text in rows:
-            self._line(f"{printable(key)}: {printable(text)}")
+            self._line(f"{printable(key)}: {' '.join(printable(text).split())}")
+
+    def numbered(self, choices: Sequence[str], numbers: bool = True) -> None:
+        """`number: what`; in one line where nobody has to choose."""
+        if numbers:
+            self.entries([(str(place), choice) for place, choice in enumerate(choices, 1)])
+        else:
+            self._line(", ".join(map(printable, choices)))
 
     def _line(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -219,6 +250,14 @@ class Plain(Screen):
 def count(number: int, what: str) -> str:
     """`1 turn`, `2 turns`."""
     return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def apart(observation: Observation) -> tuple[str, tuple[str, ...]]:
+    """What the world said, without the list of admissible actions that it may end in, and that list."""
+    lines, choices = observation.text.rstrip().splitlines(), observation.admissible or ()
+    if choices and [line.strip() for line in lines[-len(choices) :]] == list(choices):
+        return "\n".join(lines[: -len(choices)]), choices
+    return observation.text, ()
 
 
 def _kept(episode: Episode, new: bool) -> list[str]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
+from operator import itemgetter
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -51,7 +53,7 @@ def show_gap(screen: Screen, replies: Sequence[ReplyGap], teacher: str, who: str
     if isinstance(screen, Labelled):
         names = ("cyan", "reversed", "red", "reversed") if has_colour(screen.console) else "+#-="
         legend = "{} likelier with it, {} much; {} less likely, {} much"
-        screen.facts(f"{legend.format(*names)} ({SOME} and {MUCH} nats)", style="dim")
+        screen.facts(f"{legend.format(*names)} ({SOME:g} and {MUCH:g} nats)", style="dim")
 
 
 def painted(reply: ReplyGap, console: Console, width: int) -> Text:
@@ -61,8 +63,8 @@ def painted(reply: ReplyGap, console: Console, width: int) -> Text:
     painted = Text(overflow="fold")
     for number, line in enumerate(_lines(cells, width)):
         painted.append("\n" if number else "")
-        for char, strength in line:
-            painted.append(char, _STYLES[strength] if colour else "")
+        for strength, run in groupby(line, key=itemgetter(1)):
+            painted.append("".join(char for char, _ in run), _STYLES[strength] if colour else "")
         marks = "".join(_MARKS[strength] * cell_len(char) for char, strength in line).rstrip()
         if marks and not colour:
             painted.append(f"\n{marks}")

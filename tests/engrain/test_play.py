@@ -20,7 +20,7 @@ from agent.game import Plan
 from agent.renderer import Renderer
 from agent.rollout import play
 from engrain.cli.play_input import Keyboard
-from engrain.cli.play_screen import Labelled, Plain, Screen
+from engrain.cli.play_screen import Labelled, Plain, Screen, apart
 from engrain.play import AgentMatch, HumanMatch, LeftError, human_turns, play_match
 from envs import registry
 from envs.base import Env, Observation, Split, Step, Task
@@ -154,15 +154,16 @@ def test_a_persons_words_are_read_and_never_trained_on(engine: Parrot, engrain_h
     assert episode.token_ids[own.end - 1] == renderer.end_of_turn
     assert not any(episode.loss_mask[own.start : own.end])
     assert episode.sampled == sum(t.end - t.start for t in (episode.turns[0], episode.turns[2]))
-    assert unverified(episode) is None  # a round may learn from it
     with Store.open(str(engrain_home / "engrain.db")) as store:
         store.add_episodes([episode], stage="play")
         again = store.episode(episode.id)
         assert store.arrivals("echo") == 1
     assert human_turns(again) == (False, True, False)
-    other, _, _ = run(match_of(engine), choose)
+    other, _, _ = run(match_of(engine), lambda match: "stay" if match.suggest() and match.turns else "go")
     assert other is not None
-    assert other.id != episode.id  # no two games with a person are one
+    assert (other.id != episode.id, other.sampled) == (True, 0)  # no two games with a person are one
+    assert unverified(other) is None  # a round may learn from it
+    assert unverified(episode) == "its world writes markup of a chat"  # as it repeated what the person wrote
 
 
 def test_a_game_that_is_left_is_kept_as_far_as_it_went(engine: Parrot) -> None:
@@ -281,7 +282,7 @@ def test_what_can_be_typed(monkeypatch: pytest.MonkeyPatch) -> None:
         keyboard, out = typing(monkeypatch, *lines)
         assert keyboard.reply(match) == reply
     shown = out.getvalue()
-    for part in ("type a reply", "/quit", "Say something.", "begin", "1 go north", "there is no /nothing"):
+    for part in ("type a reply", "/quit", "Say something.", "begin", "1 go north   2 7", "there is no /nothing"):
         assert part in shown
     keyboard, _ = typing(monkeypatch, "")
     assert keyboard.reply(match, "go north") is None
@@ -289,6 +290,24 @@ def test_what_can_be_typed(monkeypatch: pytest.MonkeyPatch) -> None:
         keyboard, _ = typing(monkeypatch, *lines)
         with pytest.raises(LeftError):
             keyboard.reply(match)
+
+
+def test_a_list_of_actions_that_the_world_ends_in_is_not_shown_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = Observation(
+        "A room.\n\nCommands:\n" + "\n".join(f"take {i}" for i in range(20)), tuple(f"take {i}" for i in range(20))
+    )
+    assert apart(said) == ("A room.\n\nCommands:", said.admissible)
+    assert apart(Observation("A room.", said.admissible)) == ("A room.", ())
+    keyboard, out = typing(monkeypatch)
+    screen = keyboard.screen
+    screen.heard(said)
+    assert out.getvalue().count("take 7") == 1
+    assert len(out.getvalue().splitlines()) == 6  # 80 columns hold seven
+    screen.seated = True
+    screen.heard(said)
+    assert out.getvalue().count("take 7") == 1
+    screen.numbered(said.admissible or ())
+    assert " 8 take 7" in out.getvalue()
 
 
 def test_a_menu_takes_numbers_names_and_enter(monkeypatch: pytest.MonkeyPatch) -> None:
