@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from engrain.gate import Verdict as Verdict
     from engrain.gate import paired_gain as paired_gain
     from engrain.gate import wilson as wilson
+    from engrain.judge import Judged as Judged
+    from engrain.judge import Student as Student
     from engrain.loop import Round as Round
     from engrain.rounds import Listener as Listener
     from engrain.rounds import RoundResult as RoundResult

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ from engrain.coach import open_coach
 from engrain.config import ImproveConfig
 from engrain.consolidate import consolidate
 from engrain.evaluate import outcomes
-from engrain.gate import Gain, paired_gain
-from engrain.judge import MOMENTS, Student, judge
+from engrain.gate import Gain, Verdict, paired_gain
+from engrain.judge import MOMENTS, Judged, Student, judge
 from engrain.playing import Playing, load
 from engrain.redaction import redact
 from engrain.rounds import Listener, OodResult, RoundResult, RoundTasks
@@ -71,6 +72,8 @@ class Round:
         track: names of trackers that training logs to.
         on_result: told the result just before the round counts as over, for what must not be missing then; told
             again if the process is killed over it.
+        gate: has the last word on a checkpoint: what was played for the verdict, and the verdict, to a verdict. The
+            default leaves it as it is.
     """
 
     def __init__(
@@ -87,6 +90,7 @@ class Round:
         players: Cluster | None = None,
         track: Sequence[str] = (),
         on_result: Callable[[RoundResult], object] = lambda result: None,
+        gate: Callable[[Judged], Verdict] = attrgetter("verdict"),
     ) -> None:
         self.sampler: Engine = sampler or engine
         self.player: Engine | Cluster = players or self.sampler
@@ -94,6 +98,7 @@ class Round:
         self.store, self.engine, self.config, self.record = store, engine, config, record
         self.folder, self.listener, self.open_coach = folder, listener, open_coach
         self.tasks, self.track, self.on_result = RoundTasks.draw(config), track, on_result
+        self.gate = gate
         self.playing = Playing(store, self.player, config, record.id, listener)
         self.state: dict[str, Any] = dict(record.state)
         self._started = time.monotonic() - float(self.state.get("seconds", 0.0))
@@ -283,7 +288,7 @@ class Round:
             }
             for world, played in judged.ood.items()
         }
-        verdict = judged.verdict
+        verdict = self.gate(judged)
         self._done("judge", verdict.model_dump(mode="json"))
         if verdict.promoted:
             self._decide(checkpoint, CheckpointStatus.PROMOTED, verdict.reason)

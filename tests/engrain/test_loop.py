@@ -21,6 +21,7 @@ from distill.monitor import GuardConfig
 from engrain.config import EvaluationConfig, ExtractConfig, ImproveConfig, OodSpec, PlayConfig, WorldSpec
 from engrain.errors import RoundConflictError
 from engrain.gate import Verdict
+from engrain.judge import Judged, Student
 from engrain.loop import STAGES, Round
 from engrain.report import summary, table, write
 from engrain.rounds import open_round
@@ -379,6 +380,20 @@ def test_without_a_gap_nothing_is_trained(run, tmp_path, monkeypatch) -> None:
     assert result.checkpoint is None
     assert summary(result, config)["recovery"] is None
     assert not (tmp_path / "flat").exists()
+
+
+def test_a_gate_of_ones_own_has_the_last_word(run, tmp_path) -> None:
+    def never(judged: Judged) -> Verdict:
+        assert [len(judged.test[student]) for student in Student] == [16] * 3
+        assert set(judged.ood) == {"mimic/ood"}
+        return judged.verdict.model_copy(update={"promoted": False, "reason": "not today"})
+
+    result, _ = run("gated", Recorder(), {"gate": never})
+    assert result.reason == "not today"
+    assert result.verdict.gain.n == 16  # the evidence stays
+    assert result.checkpoint.status is CheckpointStatus.REJECTED
+    with Store.open(str(tmp_path / "gated.db")) as store:
+        assert store.current_checkpoint("tiny") is None
 
 
 def test_a_second_round_starts_from_the_promoted_checkpoint(run, tmp_path) -> None:

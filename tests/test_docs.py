@@ -1,0 +1,112 @@
+"""The pages build with strict links, ask no other machine for anything, and name only commands that there are."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from engrain.cli import COMMANDS, app
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted(path for path in (ROOT / "docs").rglob("*.md"))
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("mkdocs")
+    pytest.importorskip("material")
+    pytest.importorskip("mkdocstrings_handlers.python")
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+class Fetched(HTMLParser):
+    """What a browser fetches for a page: everything but the links that one may follow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        if tag == "a":
+            return
+        given = dict(attrs)
+        if tag != "link" or given.get("rel") not in ("canonical", "prev", "next"):
+            self.found += [given[name] for name in ("src", "href", "srcset", "data", "poster") if given.get(name)]
+        self.found += re.findall(r"url\(([^)]*)\)", given.get("style") or "")
+
+
+def test_the_site_asks_no_other_machine(site: Path) -> None:
+    pages = list(site.rglob("*.html"))
+    assert len(pages) > len(COMMANDS) + 10
+    for page in pages:
+        parser = Fetched()
+        parser.feed(page.read_text(encoding="utf-8"))
+        assert parser.found
+        away = [address for address in parser.found if re.match(r"\s*(https?:)?//", address)]
+        assert not away, f"{page.name}: {away}"
+    for sheet in site.rglob("*.css"):
+        assert not re.search(r"(url\(|@import)\s*['\"]?\s*(https?:)?//", sheet.read_text(encoding="utf-8")), sheet.name
+    scripts = "".join(script.read_text(encoding="utf-8") for script in site.rglob("*.js"))
+    assert "unpkg.com" not in scripts
+
+
+def test_the_pages_hold_the_numbers_the_commands_and_the_examples(site: Path) -> None:
+    text = {page.relative_to(site).as_posix(): page.read_text(encoding="utf-8") for page in site.rglob("*.html")}
+    assert not [name for name, page in text.items() if "{{" in page or "--8&lt;--" in page]
+    numbers = text["numbers.html"]
+    assert all(f'href="results/{file.name}"' in numbers for file in (ROOT / "docs" / "results").glob("*.json"))
+    assert "--learning-rate" in text["cli/improve.html"]
+    assert "engrain memory lineage" in text["cli/memory.html"]
+    assert "class ShoutWorld" in re.sub(r"<[^>]+>", "", text["extending.html"])
+    assert "register_objective" in text["api.html"]
+    assert 'viewBox="0 0 880 330"' in text["concepts.html"]
+
+
+def commands() -> list[tuple[str, list[str]]]:
+    """Every `engrain ...` line of the pages and the README, in words."""
+    found = []
+    for page in [*PAGES, ROOT / "README.md"]:
+        for block in re.findall(
+            r"^```(?:console|bash)?\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.M
+        ):
+            for line in block.splitlines():
+                if match := re.match(r"(?:accelerate launch .*-m )?engrain (.*)", line):
+                    found.append((page.name, shlex.split(match[1], comments=True)))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("page", "words"), commands(), ids=lambda value: value if isinstance(value, str) else "-".join(value)[:60]
+)
+def test_a_command_in_the_pages_exists_with_its_options(page: str, words: list[str]) -> None:
+    group: Any = typer.main.get_group(app)
+    context, command = group.context_class(group, info_name="engrain"), group
+    rest = list(words)
+    while rest and hasattr(command, "commands") and not rest[0].startswith("-"):
+        command = command.get_command(context, rest[0])
+        assert command is not None, f"{page}: there is no engrain {' '.join(words)}"
+        rest.pop(0)
+    if hasattr(command, "commands"):  # a noun alone lists
+        command = command.get_command(context, "list") or command
+    known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+    for word in rest:
+        if re.match(r"--?[a-z]", word):
+            assert word in known, f"{page}: engrain {' '.join(words)}: there is no {word}"
+
+
+def test_there_are_commands_to_check() -> None:
+    assert len(commands()) > 25
