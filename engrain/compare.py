@@ -5,9 +5,10 @@ All arms sample with the same seeds, so that what differs between them comes fro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from agent.episode import Episode
 from engrain.errors import NothingToCompareError
@@ -41,7 +42,7 @@ def arms_of(
     if len(arms) == 1:
         raise NothingToCompareError(
             "there is nothing to compare the bare model with: pass --knowledge (a text file will do) or --checkpoint, "
-            "or let `engrain improve` learn this world first"
+            "or let `engrain improve` learn this world, with the same -o options, first"
         )
     return arms
 
@@ -55,20 +56,20 @@ def parting(episodes: Sequence[Episode]) -> int | None:
     return None
 
 
-def newest_knowledge(store: Store, model: str, env: str) -> Knowledge | None:
-    """What the last round of this model on this world that chose a text chose."""
-    for record in _rounds(store, model, env):
+def newest_knowledge(store: Store, model: str, env: str, options: Mapping[str, Any]) -> Knowledge | None:
+    """What the last round of this model on this world, with the same options, that chose a text chose."""
+    for record in _rounds(store, model, env, options):
         chosen = record.state.get("select", {}).get("knowledge")
         if chosen:
             return store.knowledge(chosen)
     return None
 
 
-def newest_checkpoint(store: Store, model: str, env: str) -> CheckpointRecord | None:
-    """The last weights that a round of this model on this world made and that are on disk; promoted ones first."""
+def newest_checkpoint(store: Store, model: str, env: str, options: Mapping[str, Any]) -> CheckpointRecord | None:
+    """The last weights that such a round made and that are on disk; promoted ones first."""
     found = [
         checkpoint
-        for record in _rounds(store, model, env)
+        for record in _rounds(store, model, env, options)
         for checkpoint in reversed(store.checkpoints(model=model, round_id=record.id))
         if Path(checkpoint.path).is_dir()
     ]
@@ -86,10 +87,17 @@ def parent_of(store: Store, checkpoint: CheckpointRecord | None) -> CheckpointRe
         return None
 
 
-def _rounds(store: Store, model: str, env: str) -> list[RoundRecord]:
+def _rounds(store: Store, model: str, env: str, options: Mapping[str, Any]) -> list[RoundRecord]:
     """Rounds of a model on a world, latest first."""
-    return [
-        record
-        for record in sorted(store.rounds(), key=lambda record: record.number, reverse=True)
-        if record.model == model and record.config.get("world", {}).get("env") == env
-    ]
+
+    def same(world: Mapping[str, Any]) -> bool:
+        given = world.get("options") or {}
+        return world.get("env") == env and _written(given) == _written(options)
+
+    found = [record for record in store.rounds() if record.model == model and same(record.config.get("world", {}))]
+    return sorted(found, key=lambda record: record.number, reverse=True)
+
+
+def _written(options: Mapping[str, Any]) -> dict[str, str]:
+    """As on the command line."""
+    return {key: str(value) for key, value in options.items()}

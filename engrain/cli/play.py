@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -44,6 +45,20 @@ from envs.errors import UsageError
 from memory.errors import UnknownIdError
 from memory.records import CheckpointRecord, Knowledge
 from memory.store import Store
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What the command line says about the agent, in its own words."""
+
+    model: str
+    env: str
+    options: dict[str, str]
+    checkpoint: str | None
+    knowledge: str | None
+    against: str | None
+    gap: bool
+    why: bool
 
 
 def command(
@@ -117,36 +132,26 @@ def command(
             raise typer.Exit from None
         if seed is None:
             seed = secrets.randbelow(100_000) if human or co else 0
-        tasks = _tasks(env, world_options(option), split, episodes, seed)
+        options = world_options(option)
+        tasks = _tasks(env, options, split, episodes, seed)
+        sampling = SamplingParams(temperature=temperature, max_tokens=max_tokens, admissible_only=admissible)
         with open_store(store) as opened:
             sitting = Sitting(opened, screen, seed)
             if human:
                 sitting.by_hand(tasks, keyboard)
             else:
-                sampling = SamplingParams(temperature=temperature, max_tokens=max_tokens, admissible_only=admissible)
-                weights = find_checkpoint(checkpoint, opened, model) if checkpoint else None
-                text = find_knowledge(knowledge, opened) if knowledge else None
-                if compare:
-                    weights = weights or newest_checkpoint(opened, model, env)
-                    text = text or _taught(opened, weights) or newest_knowledge(opened, model, env)
-                other = find_knowledge(against, opened) if against else None
-                looked_at = _looked_at(opened, model, env, other or text) if gap or why else None
+                asked = _Asked(model, env, options, checkpoint, knowledge, against, gap, why)
+                text, weights = _found(opened, asked, newest=compare)
                 parent = parent_of(opened, weights)
                 arms = arms_of(text, weights, parent) if compare else []
+                looked_at = _looked_at(opened, asked, text) if gap or why else None
                 with open_sampler(model, engine, base_url) as sampler:
-                    closer = None
-                    if looked_at is not None:
-                        from engrain.scoring import Scorer
-
-                        given = against if against else None if text is not looked_at else knowledge
-                        name = _named(looked_at, given)
-                        closer = Closer(Scorer(sampler), looked_at, name, gap, why)  # type: ignore[arg-type]
+                    closer = _closer(asked, looked_at, sampler) if looked_at else None
                     if compare:
                         sitting.compare(tasks, sampler, arms, sampling, closer)
                     else:
                         arm = Arm(_player(text, knowledge, weights), text, weights)
-                        seats = keyboard if co else None
-                        sitting.with_agent(tasks, sampler, arm, sampling, seats, closer, parent)
+                        sitting.with_agent(tasks, sampler, arm, sampling, keyboard if co else None, closer, parent)
     if as_json:
         typer.echo(json.dumps(sitting.facts, indent=2))
     if sitting.left and not (human or co):
@@ -214,14 +219,34 @@ def _taught(store: Store, checkpoint: CheckpointRecord | None) -> Knowledge | No
         return None
 
 
-def _looked_at(store: Store, model: str, env: str, given: Knowledge | None) -> Knowledge:
-    found = given or newest_knowledge(store, model, env)
-    if found is None:
+def _found(store: Store, asked: _Asked, *, newest: bool) -> tuple[Knowledge | None, CheckpointRecord | None]:
+    """The text that is read and the weights that play; `newest` takes the last round's where none are named."""
+    weights = find_checkpoint(asked.checkpoint, store, asked.model) if asked.checkpoint else None
+    text = find_knowledge(asked.knowledge, store) if asked.knowledge else None
+    if newest:
+        weights = weights or newest_checkpoint(store, asked.model, asked.env, asked.options)
+        text = text or _taught(store, weights) or newest_knowledge(store, asked.model, asked.env, asked.options)
+    return text, weights
+
+
+def _looked_at(store: Store, asked: _Asked, read: Knowledge | None) -> tuple[Knowledge, str]:
+    """What --gap and --why ask about, and what people call it."""
+    if asked.against:
+        found = find_knowledge(asked.against, store)
+        return found, _named(found, asked.against)
+    newest = read or newest_knowledge(store, asked.model, asked.env, asked.options)
+    if newest is None:
         raise UsageError(
-            f"--gap and --why compare with a knowledge, and no round of {model} has chosen one for {env}: "
-            "pass --knowledge FILE (the agent reads it) or --against FILE (it does not)"
+            f"--gap and --why compare with a knowledge, and no round of {asked.model} has chosen one for {asked.env} "
+            "with these -o options: pass --knowledge FILE (the agent reads it) or --against FILE (it does not)"
         )
-    return found
+    return newest, _named(newest, asked.knowledge)
+
+
+def _closer(asked: _Asked, looked_at: tuple[Knowledge, str], engine: Any) -> Closer:
+    from engrain.scoring import Scorer
+
+    return Closer(Scorer(engine), *looked_at, gap=asked.gap, why=asked.why)
 
 
 def _named(knowledge: Knowledge, given: str | None) -> str:

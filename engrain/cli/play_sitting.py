@@ -115,6 +115,7 @@ class Sitting:
         shown: list[list[tuple[str, Episode]]] = []
         for task in tasks:
             self.screen.opening(task, self.seed, f"{' / '.join(arm.name for arm in arms)} ({engine.model})")
+            self.screen.facts(*(fact for arm in arms[1:] for fact in _what(arm)), style="dim")
             found: list[tuple[str, Episode]] = []
             more: dict[str, dict[str, Any]] = {}
             for arm in arms:
@@ -227,6 +228,16 @@ class Sitting:
         known = arm.knowledge.id if arm.knowledge else None
         settings = (fingerprint(engine.model), engine.checkpoint, known, sampling.model_dump(), self.seed)
         return f"play\0{json.dumps(settings)}"
+
+
+def _what(arm: Arm) -> list[str]:
+    """Which text and weights an arm stands for."""
+    if arm.knowledge is not None:
+        version = arm.knowledge.version
+        return [f"{arm.name}: {'a text file' if version is None else f'version {version}'}"]
+    if arm.checkpoint is not None:
+        return [f"{arm.name}: checkpoint {arm.checkpoint.id[:10]} ({arm.checkpoint.status.value})"]
+    return []
 
 
 class _Quietly:

@@ -102,7 +102,7 @@ def test_what_does_not_go_together_is_one_line() -> None:
         (("--human", "--gap"), "--human plays without one"),
         (("--against", "3"), "--against 3 is what --gap and --why ask about"),
         (("--gap", "--base-url", "http://x/v1"), "need the model in this process"),
-        (("--gap",), "no round of qwen2.5-coder-0.5b has chosen one for math"),
+        (("--gap",), "no round of qwen2.5-coder-0.5b has chosen one for math with these -o options"),
         (("--compare",), "there is nothing to compare the bare model with"),
     ):
         result = run("play", "math", *words)

@@ -259,29 +259,21 @@ def test_what_is_compared_comes_from_the_worlds_own_rounds(
     folder = tmp_path / "weights"
     folder.mkdir()
     with Store.open(str(engrain_home / "engrain.db")) as store:
-        assert newest_knowledge(store, "tiny", "chat") is None
-        assert newest_checkpoint(store, "tiny", "chat") is None
-        for env in ("chat", "chess"):
-            record = store.create_round({"world": {"env": env}}, 0, "tiny")
-            text = (
-                knowledge
-                if env == "chat"
-                else knowledge.model_copy(update={"text": "x", "id": digest("x"), "items": ()})
-            )
-            if env == "chat":
-                store.add_knowledge(text, record.id)
-                store.update_round(record.id, state={"select": {"knowledge": text.id}})
-                for name, path in (("a", folder), ("b", tmp_path / "gone")):
-                    store.add_checkpoint(
-                        CheckpointRecord(id=name * 8, model="tiny", path=str(path), round_id=record.id)
-                    )
-        found = newest_knowledge(store, "tiny", "chat")
+        assert newest_knowledge(store, "tiny", "chat", {"level": "1"}) is None
+        assert newest_checkpoint(store, "tiny", "chat", {"level": "1"}) is None
+        record = store.create_round({"world": {"env": "chat", "options": {"level": 1}}}, 0, "tiny")
+        store.add_knowledge(knowledge, record.id)
+        store.update_round(record.id, state={"select": {"knowledge": knowledge.id}})
+        for name, path in (("a", folder), ("b", tmp_path / "gone")):
+            store.add_checkpoint(CheckpointRecord(id=name * 8, model="tiny", path=str(path), round_id=record.id))
+        found = newest_knowledge(store, "tiny", "chat", {"level": "1"})
         assert found is not None
         assert found.text == knowledge.text
-        weights = newest_checkpoint(store, "tiny", "chat")
+        weights = newest_checkpoint(store, "tiny", "chat", {"level": "1"})
         assert weights is not None
         assert weights.id == "a" * 8  # the other one's folder is gone
-        assert newest_knowledge(store, "tiny", "chess") is None
+        assert newest_knowledge(store, "tiny", "chess", {"level": "1"}) is None
+        assert newest_knowledge(store, "tiny", "chat", {"level": "2"}) is None
     assert [arm.name for arm in arms_of(found, weights, None)] == ["bare", "with knowledge", "distilled"]
     with pytest.raises(NothingToCompareError, match="pass --knowledge"):
         arms_of(None, None, None)
