@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import secrets
 import signal
 import sys
@@ -192,6 +193,8 @@ def _check(
 def _screen(plain: bool, as_json: bool) -> Screen:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot write a character still shows the rest
+    if plain:
+        os.environ["TERM"] = "dumb"  # for all that draws: no spinner, no bar, no line editing
     console = Console(quiet=as_json, highlight=False, no_color=True if plain else None)
     return Plain(console) if plain else Labelled(console)
 
