@@ -71,6 +71,7 @@ _PLACES = {
     "engrain.config": ("EvaluationConfig", "ExtractConfig", "ImproveConfig", "OodSpec", "PlayConfig", "WorldSpec"),
     "engrain.console": ("ConsoleListener",),
     "engrain.gate": ("Gain", "Rate", "Verdict", "paired_gain", "wilson"),
+    "engrain.judge": ("Judged", "Student"),
     "engrain.loop": ("Round",),
     "engrain.rounds": ("Listener", "RoundResult", "open_round"),
     "envs.base": ("Env", "Observation", "Split", "Step", "Task", "World"),
