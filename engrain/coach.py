@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from agent.engines.server_client import AwayError, Client, RejectedError
 from agent.engines.server_wire import BadAnswerError, check_url, the_choice
@@ -16,6 +16,8 @@ from agent.errors import ServerFailedError, ServerRefusedError
 from agent.models.resolve import resolve
 from engrain.settings import Settings
 from memory.reader import EngineReader, Reader, Reply
+
+T = TypeVar("T")
 
 _SHORT = 30.0  # seconds for the list of models
 _AT_START = 10.0  # seconds that a server is waited for before a round begins
@@ -172,7 +174,7 @@ class ChatCoach:
         length = found[0].get("max_model_len")
         return str(found[0]["id"]), length if isinstance(length, int) and length > 0 else _CONTEXT
 
-    async def _patiently(self, attempt: Callable[[], Any]) -> Any:
+    async def _patiently(self, attempt: Callable[[], Awaitable[T]]) -> T:
         """What `attempt` gives, tried again while the server is away, overloaded or talks nonsense."""
         loop = asyncio.get_running_loop()
         deadline, pause = loop.time() + self._patience, 0.5

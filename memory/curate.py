@@ -276,7 +276,8 @@ def _own_terms(store: Store, episodes: Iterable[Episode]) -> dict[str, frozenset
 def _compared(store: Store, env: str, family: Sequence[Episode]) -> list[Episode]:
     """The latest stored training episodes of other tasks, one a task, that began no later than those of `family`: what
     is played in the meantime changes nothing for an extraction that is read again."""
-    latest, seen, found = max(e.started_at for e in family), {e.task.id for e in family}, []
+    latest, seen = max(e.started_at for e in family), {e.task.id for e in family}
+    found: list[Episode] = []
     for row in store.episode_rows(env=env, split=Split.TRAIN.value, newest_first=True, limit=_SEARCHED):
         if row.task_id not in seen and row.started_at <= latest:
             seen.add(row.task_id)

@@ -54,7 +54,7 @@ def instance_terms(episodes: Sequence[Episode], others: Sequence[Episode] = ()) 
             particular.
     """
     by_task: dict[str, list[Episode]] = defaultdict(list)
-    for episode in dict.fromkeys((*episodes, *others)):
+    for episode in {e.id: e for e in (*others, *episodes)}.values():
         by_task[episode.task.id].append(episode)
     own = {task: frozenset(term for episode in played for term in _own(episode)) for task, played in by_task.items()}
     count = Counter(term for terms in own.values() for term in terms)
