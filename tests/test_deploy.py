@@ -56,6 +56,71 @@ def test_services_are_hardened_pinned_and_bound_to_this_machine(name: str) -> No
         assert how["condition"] == expected
 
 
+@pytest.mark.parametrize("name", SERVICES)
+def test_services_take_nothing_of_the_host(name: str) -> None:
+    service = SERVICES[name]
+    assert not service.keys() & {"privileged", "network_mode", "pid", "ipc", "cap_add", "devices", "userns_mode"}
+    for volume in service.get("volumes", ()):
+        source, _, how = volume.partition(":")
+        assert source in COMPOSE["volumes"] or (source.startswith("./deploy/") and how.endswith(":ro")), volume
+    assert set(service["networks"]) <= set(COMPOSE["networks"])
+    assert set(service.get("secrets", ())) <= set(COMPOSE["secrets"])
+
+
+def test_the_password_is_a_secret_of_those_who_need_it() -> None:
+    assert COMPOSE["secrets"] == {"postgres_password": {"file": "./secrets/postgres_password"}}
+    assert {n for n, s in SERVICES.items() if s.get("secrets")} == {"postgres", "loop", "loop-gpu", "play"}
+    for name in ("postgres", "loop", "loop-gpu", "play"):
+        files = [v for k, v in SERVICES[name]["environment"].items() if k.endswith("PASSWORD_FILE")]
+        assert files == ["/run/secrets/postgres_password"]
+    ignored = subprocess.run(
+        ["git", "check-ignore", "-q", "secrets/postgres_password"], cwd=ROOT, capture_output=True
+    ).returncode
+    assert ignored != 1, "secrets/ could be committed"
+    assert "secrets" not in (ROOT / ".dockerignore").read_text()  # everything is left out but what is named there
+
+
+def test_services_start_in_order() -> None:
+    """The store before the loop, the weights before their server, the server before the loop."""
+    needs = {name: set(service.get("depends_on", ())) for name, service in SERVICES.items()}
+    assert needs["loop"] == {"postgres", "vllm-cpu"}
+    assert needs["loop-gpu"] == {"postgres", "vllm"}
+    assert needs["vllm"] == needs["vllm-cpu"] == {"fetch"}
+    assert needs["play"] == {"postgres"}
+    assert SERVICES["metrics"]["profiles"] == ["metrics"]
+    for name in ("vllm", "vllm-cpu"):
+        assert SERVICES[name]["environment"]["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "True"
+        assert "--enable-lora" in SERVICES[name]["command"]
+
+
+def test_prometheus_asks_services_that_are_there() -> None:
+    jobs = yaml.safe_load((ROOT / "deploy" / "prometheus.yml").read_text())["scrape_configs"]
+    targets = [target for job in jobs for group in job["static_configs"] for target in group["targets"]]
+    assert len(targets) == 2
+    for target in targets:
+        host, port = target.split(":")
+        known = [
+            s for n, s in SERVICES.items()
+            if host == n or (isinstance(s["networks"], dict) and host in s["networks"]["inside"]["aliases"])
+        ]  # fmt: skip
+        assert len(known) == 2  # one a profile
+        assert all(re.search(rf"--(?:metrics-)?port={port}\b", " ".join(service["command"])) for service in known)
+
+
+def test_images_are_built_on_pinned_ones_and_leave_root() -> None:
+    text = (ROOT / "Dockerfile").read_text()
+    stages = re.findall(r"^FROM (\S+) AS (\S+)$", text, re.MULTILINE)
+    names = {name for _, name in stages}
+    assert len(stages) == text.count("FROM ") == 4
+    for image, name in stages:
+        assert image in names or re.fullmatch(r"[\w./-]+:\d+\.\d+\.\d+-[\w-]+", image), image
+        stage = text.split(f" AS {name}\n")[1].split("\nFROM ")[0]
+        users = re.findall(r"^USER (\S+)$", stage, re.MULTILINE)
+        assert users == ([] if name == "base" else ["10001:10001"])
+    assert not re.search(r"^ADD |curl|wget|chmod 777|sudo", text, re.MULTILINE)
+    assert all("==" in package for package in re.findall(r'pip install "([^"$]+)"', text))
+
+
 def test_each_profile_is_whole() -> None:
     for profile in ("cpu", "gpu"):
         there = {n for n, s in SERVICES.items() if not s.get("profiles") or profile in s["profiles"]}

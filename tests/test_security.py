@@ -21,6 +21,13 @@ WAIVED = {"S101": 40, "S603": 8, "S311": 10, "S105": 3, "S608": 8}
 
 FORBIDDEN_IMPORTS = {"pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal", "jsonpickle", "joblib"}
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__"}
+#: The same by another door: templates that are not confined, archives that choose where they unpack, parsers that eval.
+FORBIDDEN_METHODS = {
+    "extractall", "read_pickle", "full_load", "unsafe_load", "sympify", "parse_expr", "parse_latex", "Template",
+    "Environment", "render_template_string", "load_extension", "enable_load_extension",
+}  # fmt: skip
+#: SQLAlchemy's ways around bound parameters; constants may pass.
+RAW_SQL = {"text", "exec_driver_sql", "execute", "executescript", "literal_column"}
 
 
 def test_ruff_looks_for_dangerous_calls_in_all_packages() -> None:
@@ -50,6 +57,16 @@ def calls(tree: ast.AST) -> Iterator[ast.Call]:
     return (node for node in ast.walk(tree) if isinstance(node, ast.Call))
 
 
+def put_together(words: ast.expr) -> bool:
+    """Whether a text is made of parts other than constants of ours, which are written in capitals."""
+    if isinstance(words, ast.JoinedStr):
+        values = [part.value for part in words.values if isinstance(part, ast.FormattedValue)]
+        return not all(ast.unparse(value).isupper() for value in values)
+    if isinstance(words, ast.Call) and ast.unparse(words.func).endswith(".format"):
+        return True
+    return isinstance(words, ast.BinOp) and isinstance(words.op, (ast.Add, ast.Mod))
+
+
 def faults(source: str) -> list[str]:
     """What stands in a module that may let a file or a text run as code."""
     found, tree = [], ast.parse(source)
@@ -60,8 +77,10 @@ def faults(source: str) -> list[str]:
     for call in calls(tree):
         name = ast.unparse(call.func)
         given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
-        if name in FORBIDDEN_CALLS:
+        if name in FORBIDDEN_CALLS or name.rpartition(".")[2] in FORBIDDEN_METHODS:
             found.append(name)
+        if name == "yaml.load":
+            found.append("yaml.load instead of yaml.safe_load")
         if name == "torch.load" and given.get("weights_only") != "True":
             found.append("torch.load without weights_only=True")
         if name in ("np.load", "numpy.load") and given.get("allow_pickle", "False") != "False":
@@ -76,16 +95,8 @@ def faults(source: str) -> list[str]:
             and "trust_remote_code" not in given
         ):
             found.append(f"{name} without trust_remote_code=False")
-        if name.rpartition(".")[2] == "text" and name.startswith(("sa.", "sqlalchemy.")):
-            words = call.args[0]
-            constant = isinstance(words, ast.Constant) or (
-                isinstance(words, ast.JoinedStr)
-                and all(
-                    ast.unparse(part.value).isupper() for part in words.values if isinstance(part, ast.FormattedValue)
-                )
-            )
-            if not constant:
-                found.append(f"SQL put together: {ast.unparse(words)}")
+        if name.rpartition(".")[2] in RAW_SQL and call.args and put_together(call.args[0]):
+            found.append(f"SQL put together: {ast.unparse(call.args[0])}")
     return found
 
 
@@ -106,7 +117,11 @@ def test_no_text_or_file_is_run_as_code(package: str) -> None:
         "torch.load(p, weights_only=False)",
         "AutoTokenizer.from_pretrained(p)", "AutoModel.from_pretrained(p, trust_remote_code=True)",
         "subprocess.run(text, shell=True)", "sa.text('DELETE FROM ' + name)", "sa.text(f'DELETE FROM {name}')",
-        "np.load(p, allow_pickle=True)",
+        "np.load(p, allow_pickle=True)", "yaml.load(text)", "archive.extractall(folder)", "sympy.sympify(text)",
+        "jinja2.Template(text)", "jinja2.Environment()", "connection.exec_driver_sql(f'DROP TABLE {name}')",
+        "connection.execute('SELECT ' + name)", "connection.execute('SELECT %s' % name)",
+        "connection.execute('SELECT {}'.format(name))", "sa.literal_column(f'{name}')",
+        "connection.enable_load_extension(1)",
     ],
 )  # fmt: skip
 def test_the_search_finds_what_it_is_for(source: str) -> None:
