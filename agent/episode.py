@@ -46,7 +46,7 @@ class Message(BaseModel):
 class SamplingParams(BaseModel):
     """How to sample. Temperature 0 is greedy. `seed` makes one request repeatable by itself."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     temperature: float = Field(1.0, ge=0, allow_inf_nan=False)
     top_p: float = Field(1.0, gt=0, le=1)

@@ -25,6 +25,14 @@ class ModelLoadError(UsageError):
     """A model folder is broken or incomplete; the message names it and the fault."""
 
 
+def load_fault(error: BaseException) -> str:
+    """What a library says about a model that it does not load, in one line, with advice that holds here."""
+    if "trust_remote_code" in str(error):
+        return "it needs code of its own, which Engrain never runs; use a model whose architecture transformers has"
+    text = " ".join(str(error).split("\n\n")[0].split())
+    return text if len(text) <= 400 else text[:400] + " …"
+
+
 class MissingPackageError(UsageError):
     """An optional package is not installed, or does not import; the message says how to get it."""
 

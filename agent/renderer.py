@@ -33,7 +33,7 @@ class Renderer:
     on top of `TEMPLATE_KWARGS`, in every rendering alike.
 
     Raises:
-        ChatTemplateError: the tokenizer has no chat template.
+        ChatTemplateError: the tokenizer has no chat template, or no vocabulary.
     """
 
     def __init__(self, tokenizer: Any, template_kwargs: Mapping[str, Any] | None = None) -> None:
@@ -42,6 +42,11 @@ class Renderer:
             raise ChatTemplateError(
                 f"the tokenizer of {name} has no chat template; use an instruction-tuned model, "
                 "or put a chat_template.jinja beside its tokenizer.json"
+            )
+        if not tokenizer("a", add_special_tokens=False)["input_ids"]:  # as one that lost its tokenizer.json
+            name = getattr(tokenizer, "name_or_path", "") or "the model"
+            raise ChatTemplateError(
+                f"the tokenizer of {name} reads text as no tokens at all; its tokenizer.json is missing or empty"
             )
         self.tokenizer = tokenizer
         self.template_kwargs = {**TEMPLATE_KWARGS, **(template_kwargs or {})}

@@ -68,10 +68,12 @@ class DistillConfig(BaseModel):
 
     steps: int = Field(50, ge=1)
     batch_size: int = Field(128, ge=1, description="episodes a step")
-    learning_rate: float = Field(2e-4, gt=0, description="for LoRA; full weights want about 1e-6 to 5e-6")
+    learning_rate: float = Field(
+        2e-4, gt=0, allow_inf_nan=False, description="for LoRA; full weights want about 1e-6 to 5e-6"
+    )
     schedule: Literal["constant", "cosine"] = "constant"
     warmup_steps: int = Field(0, ge=0)
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
     max_grad_norm: float = Field(1.0, gt=0)
     micro_batch_tokens: int = Field(2048, ge=1, description="tokens packed into one forward; batches accumulate")
     gradient_checkpointing: bool = False

@@ -84,7 +84,7 @@ _WATCHED = ("student_entropy", "response_tokens", "distinct_2")
 class GuardConfig(BaseModel):
     """When to stop. None turns a check off."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     warmup_steps: int = Field(5, ge=1, description="steps whose mean is the reference of the ratios below")
     min_entropy_ratio: float | None = Field(0.1, description="of the reference or the teacher's entropy, the lower")

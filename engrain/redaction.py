@@ -35,10 +35,15 @@ def _named(match: re.Match[str]) -> str:
     return f"{match['name']}{match['sign']}{HIDDEN}"
 
 
+def is_secret(name: str) -> bool:
+    """Whether a setting of this name holds a secret."""
+    return _SECRET_KEY.search(name) is not None
+
+
 def redacted(value: Any) -> Any:
     """JSON values without secrets: those under a telling key, and those inside texts."""
     if isinstance(value, Mapping):
-        return {key: HIDDEN if _SECRET_KEY.search(str(key)) and item else redacted(item) for key, item in value.items()}
+        return {key: HIDDEN if is_secret(str(key)) and item else redacted(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [redacted(item) for item in value]
     return redact(value) if isinstance(value, str) else value

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from agent.engines.server import ServerEngine
-from agent.errors import ModelLoadError, ServerRefusedError
+from agent.errors import ModelLoadError, ServerRefusedError, load_fault
 from agent.models.resolve import resolve
 from engrain.settings import Settings
 
@@ -37,7 +37,7 @@ def connect(
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise ModelLoadError(f"the tokenizer of {model} cannot be loaded from {folder}: {error}") from error
+        raise ModelLoadError(f"the tokenizer of {model} cannot be loaded from {folder}: {load_fault(error)}") from error
     engine = ServerEngine(
         urls,
         tokenizer,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from urllib.parse import quote
 
@@ -37,6 +38,14 @@ class Settings(BaseSettings):
 
     server_timeout: float = Field(600.0, gt=0, allow_inf_nan=False)
     """Seconds that an inference server may take for one completion."""
+
+    @field_validator("api_key")
+    @classmethod
+    def _in_a_header(cls, key: SecretStr) -> SecretStr:
+        stripped = key.get_secret_value().strip()
+        if not all("!" <= character <= "~" for character in stripped):
+            raise ValueError("a key is printable ASCII without spaces; put nothing else into ENGRAIN_API_KEY")
+        return SecretStr(stripped)
 
     @field_validator("home")
     @classmethod
@@ -80,6 +89,17 @@ def with_password(url: str) -> str:
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"ENGRAIN_STORE_PASSWORD_FILE: {file} cannot be read: {error}") from error
     return f"{scheme}://{who}:{quote(password, safe='')}@{where}"
+
+
+def round_dir(id_: str) -> Path:
+    """The folder of a round. Whoever can write to a shared store names the round, so the name is looked at.
+
+    Raises:
+        UsageError: it would lie elsewhere than in `runs_dir()`.
+    """
+    if not re.fullmatch(r"[\w-]{1,80}", id_):
+        raise UsageError(f"the store names a round {id_[:80]!r}, which no round is called; look at who writes to it")
+    return runs_dir() / f"round-{id_}"
 
 
 def runs_dir() -> Path:

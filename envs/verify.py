@@ -164,7 +164,7 @@ def _decide(answer: str, expected: str) -> bool | None:
             return False
     if wanted is not None and given is not None:
         return wanted == given
-    if _UNSAFE.search(answer):
+    if _UNSAFE.search(answer) or _UNSAFE.search(expected):  # a data set's answer is as foreign as a model's
         return False
     return None
 

@@ -86,6 +86,11 @@ def _is_silent(error: exc.DBAPIError) -> bool:
     return isinstance(error, exc.OperationalError) and module.startswith("psycopg") and "FATAL:" not in str(error)
 
 
+def _is_full(error: exc.DBAPIError) -> bool:
+    """Whether SQLite had no room on the disk."""
+    return getattr(error.orig, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
+
+
 def newest_revision() -> str:
     """The revision that this version writes: the last of those in `migrations/versions`, named `rNNNN_what.py`."""
     return max(path.name for path in (_MIGRATIONS / "versions").glob("r*_*.py")).partition("_")[0]
@@ -125,12 +130,12 @@ class Database:
         try:
             store = cls(_connectable(url, create))
         except (OSError, ImportError, exc.ArgumentError) as error:
-            raise BadStoreError(f"cannot open the store {shown}: {_reason(error)}") from None
+            raise BadStoreError(f"cannot open the store {shown}: {_reason(error)}; name another with --store") from None
         try:
             store._migrate()
         except exc.DBAPIError as error:
             store.close()
-            kind = StoreError if _is_silent(error) else BadStoreError
+            kind = StoreError if _is_silent(error) or _is_full(error) else BadStoreError
             raise kind(f"cannot open the store {shown}: {_reason(error)}") from None
         except BaseException:
             store.close()

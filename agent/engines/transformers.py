@@ -20,7 +20,7 @@ from agent.engines.decode import Decoder, Limits
 from agent.engines.folders import check_folder, identity, is_adapter
 from agent.engines.lora import merged
 from agent.episode import SamplingParams
-from agent.errors import CheckpointError, ContextLengthError, ModelLoadError
+from agent.errors import CheckpointError, ContextLengthError, ModelLoadError, load_fault
 from agent.renderer import Renderer
 
 _FALLBACK_CONTEXT = 4096
@@ -77,7 +77,7 @@ class TransformersEngine:
                 source = self._source or getattr(self._base.config, "_name_or_path", "")
                 tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         except _BAD_FILES as error:
-            raise ModelLoadError(f"model {name} cannot be loaded from {self._source}: {error}") from error
+            raise ModelLoadError(f"model {name} cannot be loaded from {self._source}: {load_fault(error)}") from error
         self.network: Any = self._base  # what is sampled from: the base model, or an adapter around it
         self.tokenizer = tokenizer
         self.renderer = Renderer(tokenizer)

@@ -48,6 +48,8 @@ def resolve(model: str, *, fetch: bool = True, weights: bool = True, progress: P
 
 def _folder(model: str) -> Path | None:
     """The folder of that name, None also where the name cannot be one (too long, or of an unknown user's home)."""
+    if not model:  # a path's empty name would be the current folder
+        return None
     try:
         local = Path(model).expanduser()
         return local if local.is_dir() else None

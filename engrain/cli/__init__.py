@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.text import Text
 from typer.core import TyperCommand, TyperGroup
 
-from envs.errors import EngrainError
+from engrain.cli.faults import explain, printable
 
 
 @dataclass(frozen=True)
@@ -79,16 +79,11 @@ class LazyGroup(TyperGroup):
             return super().invoke(ctx)
         except KeyboardInterrupt:
             _fail("interrupted; run the same command again to go on", 130, "stopped")
-        except EngrainError as error:
-            if _debugging():
+        except Exception as error:
+            fault = explain(error)
+            if fault is None or _debugging():
                 raise
-            _fail(str(error), error.exit_code)
-        except ValueError as error:
-            # Asked of the module table, so that listing commands need not import pydantic.
-            pydantic = sys.modules.get("pydantic")
-            if pydantic is None or not isinstance(error, pydantic.ValidationError) or _debugging():
-                raise
-            _fail(_first_fault(error), 2)
+            _fail(*fault)
 
 
 app = typer.Typer(
@@ -125,7 +120,10 @@ def main() -> None:
     """Run the command line: quiet libraries, one-line errors, and clean ends on Ctrl-C and SIGTERM."""
     _quiet()
     signal.signal(signal.SIGTERM, _terminated)
-    app()
+    try:
+        app()
+    except SystemExit as ended:
+        raise SystemExit(_flushed(ended.code)) from None
 
 
 def _load(name: str, entry: _Entry) -> Any:
@@ -157,6 +155,19 @@ def _quiet() -> None:
             logging.getLogger(library).setLevel(logging.ERROR)
 
 
+def _flushed(code: str | int | None) -> str | int | None:
+    """Write out what was printed: a disk that is full behind it shows here. A reader who left early is no fault."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        # Or the interpreter tries once more at its end, and complains in its own way.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not code and (fault := explain(error)):
+            _say(fault[0])
+        return code or 1
+    return code
+
+
 def _debugging() -> bool:
     return os.environ.get("ENGRAIN_DEBUG", "").lower() in {"1", "true", "yes", "on"}
 
@@ -167,13 +178,11 @@ def _terminated(signum: int, frame: object) -> NoReturn:
     raise SystemExit(128 + signum)
 
 
-def _first_fault(error: Any) -> str:
-    fault = error.errors(include_url=False)[0]
-    where = ".".join(map(str, fault["loc"])) or error.title
-    return f"{where}: {fault['msg']} (given: {fault['input']!r})"
-
-
 def _fail(message: str, code: int, label: str = "error") -> NoReturn:
-    line = Text.assemble((f"{label}:", "bold red"), " ", " ".join(message.split()))
-    Console(stderr=True, soft_wrap=True, highlight=False).print(line)
+    _say(message, label)
     raise typer.Exit(code)
+
+
+def _say(message: str, label: str = "error") -> None:
+    line = Text.assemble((f"{label}:", "bold red"), " ", printable(" ".join(message.split())))
+    Console(stderr=True, soft_wrap=True, highlight=False).print(line)

@@ -15,6 +15,7 @@ import typer
 
 from agent.errors import vllm_missing
 from agent.models.catalog import CATALOG
+from engrain.cli.faults import printable as printable
 from envs.errors import UsageError
 from memory.records import CheckpointRecord, Knowledge
 from memory.store import Store
@@ -87,16 +88,11 @@ def world_options(given: Sequence[str] | None) -> dict[str, str]:
     return options
 
 
-def printable(value: object) -> str:
-    """Foreign text without what a terminal would obey: control characters become U+FFFD."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in str(value))
-
-
 def open_store(url: str | None, *, create: bool = True) -> Store:
     """The store named on the command line, or the default one."""
     from engrain.settings import default_store_url, with_password
 
-    return Store.open(with_password(url or default_store_url()), create=create)
+    return Store.open(with_password(default_store_url() if url is None else url), create=create)
 
 
 @contextmanager
@@ -220,7 +216,9 @@ def find_knowledge(given: str, store: Store) -> Knowledge:
     Raises:
         UsageError: it is neither.
     """
-    path = _path(given)
+    path = _path(given) if given else None
+    if path is not None and path.is_dir():
+        raise UsageError(f"knowledge {given} is a folder; name a text file, or a version in the store")
     if path is not None and path.is_file():
         try:
             text = path.read_text(encoding="utf-8").strip()
@@ -245,7 +243,7 @@ def find_checkpoint(given: str, store: Store, model: str | None = None) -> Check
     Raises:
         UsageError: there is none, or it is not of `model`.
     """
-    folder = _path(given)
+    folder = _path(given) if given else None
     if folder is None or not folder.is_dir():
         found = store.checkpoint(store.full_id("checkpoint", given))
     else:
@@ -256,6 +254,44 @@ def find_checkpoint(given: str, store: Store, model: str | None = None) -> Check
     if model is not None and not _same_model(found.model, model):
         raise UsageError(f"checkpoint {given} is of {found.model}, not {model}; pass --model {found.model}")
     return found
+
+
+def check_room(engine: Engine | Cluster, knowledge: Knowledge | None) -> None:
+    """Refuse a knowledge text that fills the whole context, before each episode would end without a word.
+
+    Players on a cluster have no context here; their episodes say it.
+
+    Raises:
+        UsageError: the text leaves no room for a reply; the message says how long it is.
+    """
+    from agent.cluster import Cluster
+    from agent.renderer import Renderer
+
+    if knowledge is None or isinstance(engine, Cluster):
+        return
+    length = len(Renderer(engine.tokenizer).prefix_ids(knowledge.text))
+    if length >= engine.max_context:
+        raise UsageError(
+            f"knowledge {knowledge.id[:10]} takes {length} tokens and the context of {engine.model} holds "
+            f"{engine.max_context}; shorten the text"
+        )
+
+
+def writable_folder(folder: Path, option: str) -> Path:
+    """The folder, made if need be, before work begins whose results go there.
+
+    Raises:
+        UsageError: it cannot be made or written; the message names `option`.
+    """
+    import tempfile
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(f"{folder} cannot be written: {error.strerror}; name another folder with {option}") from error
+    return folder
 
 
 def load_checkpoint(engine: Engine | Cluster, checkpoint: CheckpointRecord | None) -> None:

@@ -23,6 +23,7 @@ from engrain.cli.common import (
     SeedOption,
     StoreOption,
     check_engines,
+    check_room,
     find_checkpoint,
     find_knowledge,
     fingerprint,
@@ -30,9 +31,11 @@ from engrain.cli.common import (
     open_players,
     open_sampler,
     open_store,
+    printable,
     world_options,
 )
 from envs.base import Split
+from envs.errors import EnvFailedError
 from memory.records import CheckpointRecord, EvaluationRecord, Knowledge
 
 
@@ -70,8 +73,8 @@ def command(
     records: dict[str, EvaluationRecord] = {}
     broken: dict[str, str] = {}
     with open_store(store) as memory:
-        text = find_knowledge(knowledge, memory) if knowledge else None
-        weights = find_checkpoint(checkpoint, memory, model) if checkpoint else None
+        text = find_knowledge(knowledge, memory) if knowledge is not None else None
+        weights = find_checkpoint(checkpoint, memory, model) if checkpoint is not None else None
         arms: dict[str, tuple[Knowledge | None, CheckpointRecord | None]] = {}
         if paired or (text is None and weights is None):
             arms["base model"] = (None, None)
@@ -84,6 +87,7 @@ def command(
             open_sampler(model, engine, base_url) if ray is None else open_players(model, ray, engine) as sampler,
             ConsoleListener(Console(stderr=True), quiet=as_json) as listener,
         ):
+            check_room(sampler, text)
             for name, (with_text, with_weights) in arms.items():
                 load_checkpoint(sampler, with_weights)
                 settings = [
@@ -106,6 +110,8 @@ def command(
                     progress=lambda stats, name=name: listener.rollout(name, stats),  # type: ignore[misc]
                 )
                 if failed := failures(episodes):
+                    if len(failed) == len(episodes):
+                        raise EnvFailedError(f"{name}: no episode was played to its end, the first: {failed[0].error}")
                     broken[name] = f"{len(failed)} of {len(episodes)} episodes broke off, the first: {failed[0].error}"
                 weights_id = with_weights.id if with_weights else None
                 text_id = with_text.id if with_text else None
@@ -113,7 +119,9 @@ def command(
                     measure("eval", episodes, checkpoint=weights_id, knowledge=text_id)
                 )
     for name, fault in broken.items():
-        Console(stderr=True, soft_wrap=True, highlight=False).print(f"warning: {name}: {fault}", markup=False)
+        Console(stderr=True, soft_wrap=True, highlight=False).print(
+            f"warning: {name}: {printable(fault)}", markup=False
+        )
     found = [outcomes(record) for record in records.values()]
     gain = paired_gain(found[0], found[1]) if len(found) == 2 else None
     if as_json:

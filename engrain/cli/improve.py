@@ -29,6 +29,7 @@ from engrain.cli.common import (
     open_players,
     open_sampler,
     open_store,
+    writable_folder,
 )
 from engrain.cli.common import world_options as parse_options
 from engrain.cli.launched import TrackOption, joined
@@ -112,7 +113,7 @@ def command(
     from engrain.report import write
     from engrain.retention import plan, prune
     from engrain.rounds import RoundTasks, open_round
-    from engrain.settings import runs_dir
+    from engrain.settings import round_dir, runs_dir
     from engrain.stopping import stopping
 
     if sum((env is not None, demo, config is not None)) != 1:
@@ -152,6 +153,7 @@ def command(
             settings["evaluation"][name] = count
     chosen = ImproveConfig.model_validate(settings)
     RoundTasks.draw(chosen)  # before a round is opened or a model is loaded
+    writable_folder(out or runs_dir(), "--out" if out else "ENGRAIN_HOME")
     if joined(chosen.model, chosen.distill.teacher, track):
         return
     if chosen.extract.coach:
@@ -197,7 +199,7 @@ def command(
             """One round, from wherever it stands."""
             record = open_round(memory, wanted, fresh=fresh)
             told.begin(record)
-            folder = runs_dir() / f"round-{record.id}"
+            folder = round_dir(record.id)
             listener, target = told.listener(check), out or folder
             result = Round(
                 memory,

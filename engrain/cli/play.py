@@ -28,6 +28,7 @@ from engrain.cli.common import (
     ModelOption,
     OptionsOption,
     StoreOption,
+    check_room,
     find_checkpoint,
     find_knowledge,
     open_sampler,
@@ -147,6 +148,7 @@ def command(
                 arms = arms_of(text, weights, parent) if compare else []
                 looked_at = _looked_at(opened, asked, text) if gap or why else None
                 with open_sampler(model, engine, base_url) as sampler:
+                    check_room(sampler, text)
                     closer = _closer(asked, looked_at, sampler) if looked_at else None
                     if compare:
                         sitting.compare(tasks, sampler, arms, sampling, closer)
@@ -224,8 +226,8 @@ def _taught(store: Store, checkpoint: CheckpointRecord | None) -> Knowledge | No
 
 def _found(store: Store, asked: _Asked, *, newest: bool) -> tuple[Knowledge | None, CheckpointRecord | None]:
     """The text that is read and the weights that play; `newest` takes the last round's where none are named."""
-    weights = find_checkpoint(asked.checkpoint, store, asked.model) if asked.checkpoint else None
-    text = find_knowledge(asked.knowledge, store) if asked.knowledge else None
+    weights = find_checkpoint(asked.checkpoint, store, asked.model) if asked.checkpoint is not None else None
+    text = find_knowledge(asked.knowledge, store) if asked.knowledge is not None else None
     if newest:
         weights = weights or newest_checkpoint(store, asked.model, asked.env, asked.options)
         text = text or _taught(store, weights) or newest_knowledge(store, asked.model, asked.env, asked.options)

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from engrain.cli.common import JsonOption, StoreOption, open_store
+from engrain.cli.faults import FULL
 from engrain.cli.memory.view import (
     WhoOption,
     WhyOption,
@@ -88,12 +89,14 @@ def export(
         raise UsageError(f"{out} exists already; pass --force to replace it")
     if chosen is Format.PARQUET and (str(out) == "-" or out.is_file()):
         raise UsageError(f"Parquet needs a folder, and {out} is none; name a folder or pass --format jsonl")
+    if chosen is Format.JSONL and str(out) != "-" and out.is_dir():
+        raise UsageError(f"JSON lines need a file, and {out} is a folder; name a file or pass --format parquet")
+    draft = out.with_name(out.name + ".part")
     with opened(store) as memory, _bar("exporting", sum(memory.all_counts().values())) as moved:
         try:
             if chosen is Format.PARQUET:
                 rows = memory.export_parquet(out, moved)
             else:
-                draft = out.with_name(out.name + ".part")
                 if str(out) != "-":
                     out.parent.mkdir(parents=True, exist_ok=True)
                 with nullcontext(sys.stdout) if str(out) == "-" else draft.open("w", encoding="utf-8") as file:
@@ -101,7 +104,11 @@ def export(
                 if str(out) != "-":
                     draft.replace(out)
         except OSError as error:
-            raise UsageError(f"{out} cannot be written: {error}") from error
+            if chosen is Format.JSONL and draft.is_file():
+                draft.unlink()
+            if error.errno in FULL or isinstance(error, BrokenPipeError):  # no fault of the name
+                raise
+            raise UsageError(f"{out} cannot be written: {error.strerror or error}; name another place") from error
     if as_json and str(out) != "-":
         print_json({"out": str(out), "format": chosen.value, "rows": rows})
     else:
