@@ -23,7 +23,7 @@ from typing import Any, cast
 
 import torch
 from peft import PeftModel, set_peft_model_state_dict
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -184,7 +184,12 @@ def read_manifest(folder: Path) -> Manifest:
     """
     try:
         return Manifest.model_validate_json((folder / "manifest.json").read_bytes())
-    except (OSError, ValueError) as error:
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        where = f"{'.'.join(map(str, fault['loc']))}: " if fault["loc"] else ""
+        reason = f"{where}{fault['msg']}"
+        raise CheckpointError(f"{folder} is no checkpoint: its manifest.json is wrong ({reason})") from error
+    except OSError as error:
         raise CheckpointError(f"{folder} is no checkpoint: its manifest.json cannot be read ({error})") from error
 
 
