@@ -1,10 +1,10 @@
 """Checkpoints on disk: safetensors weights, a manifest of where they come from, and what a resume needs.
 
-A checkpoint is a folder `step-000010/` that appears whole or not at all. `manifest.json` names its base model, its
-parent, the knowledge it was taught, the configuration and the versions of the libraries. The newest one also holds
-the optimiser's tensors, and those of a teacher that moves, so that a killed run goes on from there and ends in the
-same state as an unbroken one. Nothing in it depends on how many processes trained it: they put what they share
-together, and the main one writes.
+A checkpoint is a folder `step-000010/` that appears whole or not at all, and is on the disk when it does.
+`manifest.json` names its base model, its parent, the knowledge it was taught, the configuration and the versions of
+the libraries. The newest one also holds the optimiser's tensors, and those of a teacher that moves, so that a killed
+run goes on from there and ends in the same state as an unbroken one. Nothing in it depends on how many processes
+trained it: they put what they share together, and the main one writes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import metadata
@@ -37,6 +37,7 @@ from distill.teacher import Teacher
 _OPTIMIZER = "optimizer.safetensors"
 _STATE = "trainer_state.json"
 _TEACHER = "teacher.safetensors"
+_DRAFT, _DYING = ".draft", ".dying"  # what a folder is called, behind a dot, before it is whole and while it goes
 _LIBRARIES = ("engrain", "torch", "transformers", "peft", "safetensors")
 
 
@@ -106,9 +107,9 @@ def save_checkpoint(
 
     def write() -> Manifest:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        for stale in folder.parent.glob(f".{folder.name}.*"):
-            shutil.rmtree(stale)
-        draft = folder.with_name(f".{folder.name}.{os.getpid()}")
+        draft = folder.with_name(f".{folder.name}{_DRAFT}")
+        if draft.exists():  # of a process that was killed
+            shutil.rmtree(draft)
         draft.mkdir()
         try:
             _write_weights(draft, model, weights)
@@ -133,15 +134,56 @@ def save_checkpoint(
                 if followed:
                     save_file(followed, draft / _TEACHER)
                 (draft / _STATE).write_text(json.dumps({"step": step, **(state or {})}))
+            for file in draft.iterdir():
+                on_disk(file)
+            on_disk(draft)
             if folder.exists():
-                shutil.rmtree(folder)
+                remove_checkpoint(folder)
             draft.replace(folder)
+            on_disk(folder.parent)
         except BaseException:
             shutil.rmtree(draft, ignore_errors=True)
             raise
         return manifest
 
     return from_main(write)
+
+
+def on_disk(path: Path) -> None:
+    """Return when a file, or what a folder lists, would outlast a loss of power."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Delete a checkpoint folder, out of sight first: a process that is killed here leaves no half of one."""
+    dying = folder.with_name(f".{folder.name}{_DYING}")
+    if dying.exists():
+        shutil.rmtree(dying)
+    folder.replace(dying)
+    shutil.rmtree(dying)
+
+
+def tidy(run: Path, newest: Path, stays: Callable[[int], bool]) -> None:
+    """Remove from a run's folder what only the newest checkpoint needs, or a killed process left there.
+
+    Args:
+        run: the run's folder.
+        newest: the checkpoint that the run goes on from; it is left as it is.
+        stays: whether the checkpoint of a step outlives the next one. One that does loses its optimiser state.
+    """
+    for left in (*run.glob(f".step-*{_DRAFT}"), *run.glob(f".step-*{_DYING}")):
+        shutil.rmtree(left)
+    for folder in run.glob("step-" + 6 * "[0-9]"):
+        if folder == newest:
+            continue
+        if stays(int(folder.name.removeprefix("step-"))):
+            drop_trainer_state(folder)
+        else:
+            remove_checkpoint(folder)
 
 
 def save_weights(folder: Path, model: nn.Module) -> None:

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,24 +24,30 @@ from torch import Tensor, nn
 
 from distill.backbone import Backbone
 from distill.checkpoint import (
-    drop_trainer_state,
     latest_resumable,
+    on_disk,
     read_manifest,
     restore_optimizer,
     restore_weights,
     save_checkpoint,
+    tidy,
 )
+from distill.chunked import Overlap, chunked_cross_entropy, chunked_divergence
 from distill.config import DistillConfig
 from distill.distributed import from_main, gather, is_main, world
 from distill.errors import CheckpointError, DistillConfigError
 from distill.monitor import Guard, StepMetrics
-from distill.objective import Overlap, chunked_cross_entropy, chunked_divergence, position_weights
+from distill.objective import position_weights
 from distill.packing import Packed, Sample, micro_batches, pack
 from distill.parallel import Alone, current
 from distill.source import Batch, Source
 from distill.tally import Tally, peak_memory
 from distill.teacher import Teacher
 from distill.trackers import Tracker
+
+#: The most time, as a share, that goes into saving steps between two checkpoints, so that a kill costs hardly more than
+#: the step it hits.
+_SAVING_SHARE = 0.05
 
 
 @dataclass(frozen=True)
@@ -104,6 +110,8 @@ class Trainer:
         if config.gradient_checkpointing or self.parallel.checkpointing:
             _enable_checkpointing(model)
         newest = self._resumable()
+        if newest and is_main():
+            tidy(folder, newest, self._stays)
         state = restore_weights(newest, model, teacher) if newest else {}
         self.parallel.adopt(model)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
@@ -115,6 +123,7 @@ class Trainer:
         self.divergence = config.divergence
         self.start = int(state.get("step", 0))
         self.history = [StepMetrics.model_validate(entry) for entry in state.get("history", ())]
+        self._saved, self._seconds_saving = time.perf_counter(), 0.0  # when the last save was over, and what it took
 
     # -- one step, as in the paper ------------------------------------------------------------------------------
 
@@ -209,12 +218,14 @@ class Trainer:
     ) -> FitResult:
         """Run the remaining steps, with a checkpoint every `save_every` and at the end, validated if asked to.
 
+        In between the latest step is saved as often as 5% of the time allows; such a checkpoint goes with the next one.
         Of several processes the main one alone calls these, and all return the same.
 
         Args:
             validate: scores the student as it stands after so many steps, higher being better; 0 is the untrained one.
             on_step: told every step. KeyboardInterrupt or SystemExit from it leaves a checkpoint of that very step, and
-                from anywhere else the last one; the next run goes on from there.
+                from anywhere else the last one; the next run goes on from there. (With `sync_every` above 1 only at its
+                multiples: elsewhere a run that goes on would sample from other weights than an unbroken one.)
             tracker: told every step and every validation.
         """
         guard, stopped = Guard(self.config.guard), None
@@ -231,7 +242,7 @@ class Trainer:
 
         def due(step: int) -> bool:
             """Whether a checkpoint is written here, and validated."""
-            return bool(step % self.config.save_every == 0 or step == self.config.steps or stopped)
+            return bool(self._stays(step) or stopped)
 
         # nothing was trained yet, or it was killed between checkpoint and validation
         if self.start not in scores and due(self.start):
@@ -250,7 +261,7 @@ class Trainer:
                 try:
                     on_step(metrics)
                 except (KeyboardInterrupt, SystemExit):  # asked to stop where it costs nothing
-                    if world() == 1:  # others would wait for this one
+                    if world() == 1 and done % self.config.sync_every == 0:  # others would wait for this one
                         self._save(done)
                     raise
             if tracker is not None and is_main():
@@ -258,6 +269,8 @@ class Trainer:
             if due(done):
                 self._save(done)
                 score(done)
+            elif from_main(partial(self._cheap_to_save, done)):
+                self._save(done)
         return from_main(lambda: self._result(scores, stopped))
 
     def _result(self, scores: dict[int, float], stopped: str | None) -> FitResult:
@@ -282,8 +295,16 @@ class Trainer:
             raise CheckpointError(f"{self.folder} holds a run with other settings; give this run another folder")
         return newest
 
+    def _stays(self, step: int) -> bool:
+        """Whether the checkpoint of a step outlives the next one."""
+        return step % self.config.save_every == 0 or step == self.config.steps
+
+    def _cheap_to_save(self, step: int) -> bool:
+        passed = time.perf_counter() - self._saved
+        return step % self.config.sync_every == 0 and self._seconds_saving < _SAVING_SHARE * passed
+
     def _save(self, step: int) -> None:
-        previous = from_main(lambda: latest_resumable(self.folder))
+        started = time.perf_counter()
         folder = self.folder / f"step-{step:06d}"
         save_checkpoint(
             folder,
@@ -298,8 +319,10 @@ class Trainer:
             state={"history": [metrics.model_dump() for metrics in self.history]},
             teacher=self.teacher.state(),
         )
-        if previous is not None and previous != folder and is_main():
-            drop_trainer_state(previous)
+        if is_main():
+            tidy(self.folder, folder, self._stays)
+        self._saved = time.perf_counter()
+        self._seconds_saving = self._saved - started
 
     def _scores(self) -> dict[int, float]:
         path = self.folder / "validation.json"
@@ -308,8 +331,9 @@ class Trainer:
     def _keep(self, scores: dict[int, float], step: int, score: float) -> float:
         """Write down a score beside the others."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        draft = self.folder / f".validation.{os.getpid()}"
+        draft = self.folder / ".validation.json"
         draft.write_text(json.dumps(scores | {step: score}))
+        on_disk(draft)
         draft.replace(self.folder / "validation.json")
         return score
 

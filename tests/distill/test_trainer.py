@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -91,8 +92,12 @@ class Killed(Exception):
     pass
 
 
+@pytest.mark.parametrize("share", [0.0, float("inf")], ids=["checkpoints", "steps"])
 @pytest.mark.parametrize("after", [1, 2, 3])
-def test_a_run_that_was_cut_ends_in_the_state_of_an_unbroken_one(make_trainer, weights, after: int) -> None:
+def test_a_run_that_was_cut_ends_in_the_state_of_an_unbroken_one(
+    make_trainer, weights, after: int, share: float, monkeypatch
+) -> None:
+    monkeypatch.setattr("distill.trainer._SAVING_SHARE", share)  # none of the time, or all of it
     scored: list[int] = []
     whole = make_trainer("whole")
     unbroken = whole.fit(validate=lambda step: scored.append(step) or float(step))
@@ -104,7 +109,7 @@ def test_a_run_that_was_cut_ends_in_the_state_of_an_unbroken_one(make_trainer, w
     with pytest.raises(Killed):
         make_trainer("cut").fit(validate=lambda step: float(step), on_step=cut)
     second = make_trainer("cut")
-    assert second.start == (after - 1) // 2 * 2
+    assert second.start == (after - 1 if share else (after - 1) // 2 * 2)
     resumed = second.fit(validate=lambda step: float(step))
     assert all(torch.equal(w, weights(whole)[n]) for n, w in weights(second).items())
     assert [m.model_dump(exclude=TIMES) for m in resumed.history] == [
@@ -114,6 +119,34 @@ def test_a_run_that_was_cut_ends_in_the_state_of_an_unbroken_one(make_trainer, w
     assert scored == [0, 2, 4]
     assert read_manifest(resumed.best).id == read_manifest(unbroken.best).id
     assert latest_resumable(second.folder) == resumed.last
+    assert listing(second.folder) == listing(whole.folder)
+
+
+def listing(folder) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def test_what_a_kill_left_behind_goes(make_trainer) -> None:
+    whole = make_trainer("whole")
+    whole.fit()
+    (whole.folder / ".step-000003.draft").mkdir()  # killed while it was written
+    (whole.folder / ".step-000001.dying").mkdir()  # killed while it was deleted
+    step, last = whole.folder / "step-000002", whole.folder / "step-000004"
+    shutil.copy(last / "optimizer.safetensors", step)  # killed before the optimiser state of the one before was gone
+    shutil.copytree(last, whole.folder / "step-000003")  # and before a step between two checkpoints was
+    make_trainer("whole").fit()
+    make_trainer("other").fit()
+    assert listing(whole.folder) == listing(whole.folder.with_name("other"))
+
+
+def test_saving_again_replaces_a_checkpoint_as_a_whole(make_trainer) -> None:
+    trainer = make_trainer()
+    last = trainer.fit().last
+    (last / "stray").touch()
+    trainer._save(4)
+    assert not (last / "stray").exists()
+    assert read_manifest(last).step == 4
+    assert not list(trainer.folder.glob(".*"))
 
 
 def test_the_best_checkpoint_is_validations_and_ties_go_to_the_earlier(make_trainer) -> None:
