@@ -235,8 +235,8 @@ class Database:
     def _migrate(self) -> None:
         """Run the migrations that this database lacks; several processes may open an empty one at once."""
         with self._engine.connect() as connection:  # a store that lacks none opens without waiting for a writer
-            tables = sa.inspect(connection).has_table(VERSION_TABLE)
-            if tables and connection.execute(_VERSION).scalar() == newest_revision():
+            opened_before = sa.inspect(connection).has_table(VERSION_TABLE)
+            if opened_before and connection.execute(_VERSION).scalar() == newest_revision():
                 return
         from alembic import command
         from alembic.script import ScriptDirectory
