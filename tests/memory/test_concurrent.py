@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from memory.schema import TextRow, TurnRow
 from memory.store import Store
 
-WRITERS, EPISODES = 8, 100  # benchmarks/store.py does the same with 1,000 episodes a writer
+WRITERS, EPISODES = 8, 60  # benchmarks/store.py does the same with 1,000 episodes a writer
 
 WRITER = """
 import sys

@@ -206,14 +206,14 @@ def verify(store: StoreOption = None, as_json: JsonOption = False) -> None:
 
 def _verify_weights(checkpoints: list[CheckpointRecord]) -> Iterator[Finding]:
     """Whether each checkpoint's folder is there and still holds the weights that its id was made from."""
-    from distill.checkpoint import read_manifest, weights_id
-
     for record in checkpoints:
         folder = Path(record.path)
         if not folder.is_dir():
             level: Literal["error", "note"] = "error" if record.status.value == "promoted" else "note"
             yield Finding(level=level, kind="checkpoint", id=record.id, problem=f"{record.path} is not there")
             continue
+        from distill.checkpoint import read_manifest, weights_id  # with it torch, which takes seconds
+
         try:
             manifest = read_manifest(folder)
             found = weights_id(folder, manifest)
@@ -241,7 +241,8 @@ def _episode_or_item(store: Store, given: str) -> tuple[Literal["episode", "item
 @contextmanager
 def _bar(what: str, total: int | None) -> Iterator[Callable[[str, int], None]]:
     columns: Any = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(what, total=total)
         yield lambda name, count: progress.update(task, advance=count, description=f"{what} {name}")
 
