@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shlex
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import typer
 
+import engrain
 from engrain.cli import COMMANDS, app
 
 ROOT = Path(__file__).parent.parent
@@ -106,6 +108,15 @@ def test_a_command_in_the_pages_exists_with_its_options(page: str, words: list[s
     for word in rest:
         if re.match(r"--?[a-z]", word):
             assert word in known, f"{page}: engrain {' '.join(words)}: there is no {word}"
+
+
+def test_programs_in_the_pages_import_public_names() -> None:
+    blocks = [block for page in PAGES for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.S | re.M)]
+    programs = [ast.parse(block) for block in blocks if "--8<--" not in block]
+    assert programs
+    for node in (node for program in programs for node in ast.walk(program) if isinstance(node, ast.ImportFrom)):
+        if node.module == "engrain":
+            assert {alias.name for alias in node.names} <= set(engrain.__all__)
 
 
 def test_there_are_commands_to_check() -> None:
