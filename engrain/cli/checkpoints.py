@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from engrain.cli.common import JsonOption, StoreOption, open_store, printable
@@ -56,7 +57,7 @@ def list_(store: StoreOption = None, as_json: JsonOption = False) -> None:
         status = f"{row['status']}, current" if row["current"] else row["status"]
         folder = row["path"] if row["on_disk"] else "removed"
         cells = (row["id"], row["model"], status, row["parent"] or "", str(row["created_at"])[:16], folder)
-        table.add_row(*(printable(cell) for cell in cells))
+        table.add_row(*(escape(printable(cell)) for cell in cells))
     Console().print(table)
 
 
@@ -94,7 +95,8 @@ def prune(
     table = Table("folder", "checkpoint", "MB", "stays", "because")
     for folder in retention.folders:
         stays = "yes" if folder.keep else "no"
-        table.add_row(folder.path, folder.checkpoint or "", f"{folder.bytes / 1e6:.1f}", stays, folder.reason)
+        cells = (folder.path, folder.checkpoint or "", f"{folder.bytes / 1e6:.1f}", stays, folder.reason)
+        table.add_row(*(escape(printable(cell)) for cell in cells))
     console = Console()
     console.print(table)
     verb = "would free" if dry_run else "freed"
