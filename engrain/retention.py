@@ -124,6 +124,8 @@ def _needed(store: Store, records: dict[str, CheckpointRecord]) -> dict[str, str
     for record in records.values():
         if record.status is CheckpointStatus.PROMOTED:
             found[record.id] = "promoted"
+        elif record.round_id is None:
+            found[record.id] = "trained by hand, outside of any round"
         elif record.round_id in unfinished:
             found[record.id] = "its round is unfinished"
     for begun in running:

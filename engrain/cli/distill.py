@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Annotated
 
@@ -36,7 +37,8 @@ from engrain.cli.common import (
 from engrain.cli.launched import TrackOption, joined
 from envs.base import Split, Task
 from envs.errors import UsageError
-from memory.records import digest
+from memory.records import RunRecord, digest
+from memory.render import count_tokens
 from memory.store import Store
 
 
@@ -95,12 +97,16 @@ def command(
     track: TrackOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Distil one text into an adapter, by OPCD or a baseline. Prints the chosen checkpoint's folder."""
+    """Distil one text into an adapter, by OPCD or a baseline. Prints the chosen checkpoint's folder.
+
+    The store keeps the text, the run with its episodes, and the checkpoint: `engrain memory lineage` shows them.
+    """
     from agent.engines.transformers import TransformersEngine
     from agent.rollout import play
     from distill.config import DistillConfig, LoraSettings
     from engrain.console import ConsoleListener
     from engrain.consolidate import consolidate, dismiss
+    from engrain.runs import begin_run, finish_run, keep_episode
     from envs import registry
 
     picked = {"--round": round_, "--stage": stage, "--solved/--failed": success}
@@ -141,7 +147,7 @@ def command(
         text = find_knowledge(knowledge, memory)
         start = find_checkpoint(parent, memory, model) if parent else None
         stored = _stored(memory, env, model, round_, stage, success) if from_episodes else None
-        _claim(out, env, pool, held_out, start.id if start else None, stored)
+        job = _claim(out, env, pool, held_out, start.id if start else None, stored)
         with (
             open_engine(teacher) if teacher else nullcontext() as other,
             open_engine(model) as trained,
@@ -160,6 +166,16 @@ def command(
                 listener.note(f"validation after {step} steps: {accuracy:.2f}")
                 return accuracy
 
+            @cache
+            def run() -> RunRecord:
+                """The run, from the first episode on: a job that is refused leaves none."""
+                tokens = text.tokens or count_tokens(text.text, trained.tokenizer)  # nobody counted a file's yet
+                kept = memory.add_knowledge(text.model_copy(update={"tokens": tokens}))
+                identity = digest("run", str(out.resolve()), text.id, json.dumps([job, config.model_dump(mode="json")]))
+                return begin_run(
+                    memory, identity, config, model=model, knowledge=kept, folder=out, parent=start, given=job
+                )
+
             what = "episodes" if stored is None else f"replies in {len(stored)} stored episodes"
             listener.stage("consolidate", f"{method}, {config.objective}, {steps} steps of {batch_size} {what}")
             fit = consolidate(
@@ -171,14 +187,19 @@ def command(
                 parent=start,
                 on_step=lambda metrics: listener.step(metrics, steps),
                 validate=validate if held_out else None,
+                # With stored episodes none is added: what a run learns from must not change when it is taken up again.
+                on_episode=(lambda episode: keep_episode(memory, run(), episode)) if stored is None else None,
                 teacher=other,
                 sampler=other_sampler,
                 track=track or (),
                 episodes=stored,
             )
+            record = finish_run(memory, run(), fit)
     dismiss()
     facts = {
         "checkpoint": str(fit.best),
+        "id": record.id,
+        "run": run().id,
         "step": fit.best_step,
         "validation": fit.validation,
         "stopped": fit.stopped,
@@ -218,8 +239,9 @@ def _claim(
     validation: Sequence[Task],
     parent: str | None,
     stored: Sequence[Episode] | None,
-) -> None:
-    """Note in the run's folder what it learns from; the trainer itself compares settings, model and knowledge.
+) -> dict[str, str | None]:
+    """Note in the run's folder what it learns from, and return it; the trainer itself compares settings, model and
+    knowledge.
 
     Raises:
         UsageError: the folder cannot be one, or what was trained there learned from other tasks or episodes, or from
@@ -243,3 +265,4 @@ def _claim(
         note.write_text(json.dumps(job, indent=2) + "\n")
     except (OSError, ValueError) as error:
         raise UsageError(f"--out {folder} cannot be used: {error}") from error
+    return job
