@@ -363,6 +363,14 @@ def measure(kind: str, turns: int, seed: int, each: int) -> dict[str, Any]:
     return found
 
 
+def earlier(out: Path | None, turns: int, seed: int) -> dict[str, Any]:
+    """What an earlier run of the same case left in the file: a database may be measured on its own."""
+    if out is None or not out.exists():
+        return {}
+    before = json.loads(out.read_text())
+    return dict(before["databases"]) if (before["turns"], before["seed"]) == (turns, seed) else {}
+
+
 def main() -> None:
     """Measure each database in a process of its own; the last line is the result as JSON."""
     parser = argparse.ArgumentParser(description="Measure the store.")
@@ -370,7 +378,9 @@ def main() -> None:
     parser.add_argument("--each", type=int, default=EACH, help="episodes that each of the eight writers writes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--database", choices=("sqlite", "postgresql"), action="append")
-    parser.add_argument("--out", type=Path, help="also write the full result to this file")
+    parser.add_argument(
+        "--out", type=Path, help="also write the full result to this file, beside other databases' there"
+    )
     parser.add_argument("--case", type=json.loads)
     given = parser.parse_args()
     if given.case and given.case.pop("step", None) == "writer":
@@ -381,7 +391,8 @@ def main() -> None:
         return
     kinds = given.database or ["sqlite", "postgresql"]
     case = {"turns": given.turns, "seed": given.seed, "each": given.each}
-    found = {kind: in_process_of_its_own(__file__, kind=kind, **case) for kind in kinds}
+    found = earlier(given.out, given.turns, given.seed)
+    found |= {kind: in_process_of_its_own(__file__, kind=kind, **case) for kind in kinds}
     rates = {kind: result["insert"]["turns_per_second"] for kind, result in found.items()}
     peers = {kind: result["peer"]["turns_per_second"] for kind, result in found.items()}
     slowest = {kind: max(query["p99_ms"] for query in result["queries"].values()) for kind, result in found.items()}
