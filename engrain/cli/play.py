@@ -118,7 +118,17 @@ def command(
     Without ENV a menu asks. While you play, /help lists what else can be typed; Ctrl-C leaves, and what was played is
     kept.
     """
-    _check(human, co, compare, gap or why, against, knowledge or checkpoint, engine, base_url, as_json)
+    _check(
+        human,
+        co,
+        compare,
+        gap or why,
+        against,
+        checkpoint if knowledge is None else knowledge,
+        engine,
+        base_url,
+        as_json,
+    )
     screen = _screen(plain, as_json)
     keyboard = Keyboard(screen, editing=not plain)
     with _hang_up():
@@ -148,6 +158,7 @@ def command(
                 arms = arms_of(text, weights, parent) if compare else []
                 looked_at = _looked_at(opened, asked, text) if gap or why else None
                 with open_sampler(model, engine, base_url) as sampler:
+                    check_room(sampler, text)
                     check_room(sampler, text)
                     closer = _closer(asked, looked_at, sampler) if looked_at else None
                     if compare:
@@ -182,11 +193,11 @@ def _check(
         raise UsageError(f"{ways[0]} and {ways[1]} exclude each other: pick one way to play")
     if as_json and (human or co):
         raise UsageError(f"{ways[0]} and --json exclude each other: a player needs to see the game")
-    if human and agent:
+    if human and agent is not None:
         raise UsageError("--human plays without a model: leave out --knowledge and --checkpoint")
     if human and looks:
         raise UsageError("--gap and --why look at what a model sampled, and --human plays without one: try --co")
-    if against and not looks:
+    if against is not None and not looks:
         raise UsageError(f"--against {against} is what --gap and --why ask about: add one of them, or leave it out")
     if looks and (base_url or engine is not EngineName.TRANSFORMERS):
         raise UsageError("--gap and --why need the model in this process: leave out --engine and --base-url")
@@ -236,7 +247,7 @@ def _found(store: Store, asked: _Asked, *, newest: bool) -> tuple[Knowledge | No
 
 def _looked_at(store: Store, asked: _Asked, read: Knowledge | None) -> tuple[Knowledge, str]:
     """What --gap and --why ask about, and what people call it."""
-    if asked.against:
+    if asked.against is not None:
         found = find_knowledge(asked.against, store)
         return found, _named(found, asked.against)
     newest = read or newest_knowledge(store, asked.model, asked.env, asked.options)

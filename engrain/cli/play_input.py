@@ -47,6 +47,8 @@ class Keyboard:
         """
         choices = match.observation.admissible or ()
         self._offer(choices)
+        if suggestion is not None:
+            self.screen.say("agent", suggestion or "(nothing)", "Enter takes it, or type your own")
         while True:
             typed = self.line("you> ")
             words = typed.strip()

@@ -42,6 +42,7 @@ class Screen(ABC):
     def __init__(self, console: Console) -> None:
         self.console = console
         self.quiet = console.quiet
+        self.explained = False  # the legend of the colours was shown
         self.seated = False  # somebody is at the keyboard, and sees what is chosen there
 
     # -- what the styles differ in ----------------------------------------------------------------------------------
@@ -63,7 +64,11 @@ class Screen(ABC):
         """Short keys, each with a text."""
 
     @abstractmethod
-    def numbered(self, choices: Sequence[str], numbers: bool = True) -> None:
+    def possible(self, choices: Sequence[str]) -> None:
+        """What may be said, where nobody has to choose."""
+
+    @abstractmethod
+    def numbered(self, choices: Sequence[str]) -> None:
         """What may be said, with the numbers that stand for it."""
 
     def gap(self) -> None:  # noqa: B027 - nothing in plain mode
@@ -95,14 +100,14 @@ class Screen(ABC):
             self.replied("agent", turn.action, f"{seconds:.1f} s, {count(tokens, 'token')}")
         if match.ended is None:
             self._turn(match)
-        self.heard(step.observation)
+        self.heard(step.observation, last=match.ended is not None)
 
-    def heard(self, observation: Observation) -> None:
+    def heard(self, observation: Observation, *, last: bool = False) -> None:
         """The world's words; a list of actions at their end is drawn closer, or left to the keyboard's numbers."""
         text, choices = apart(observation)
         self.say("world", text)
-        if choices and not self.seated:
-            self.numbered(choices, numbers=False)
+        if choices and not self.seated and not last:
+            self.possible(choices)
 
     def replied(self, who: str, text: str, note: str = "") -> None:
         """A reply as it went to the world."""
@@ -188,17 +193,21 @@ class Labelled(Screen):
             key = f"{printable(key):>{wide}}"
             self.columns([(Text(key, style="bold"), wide), (Text(printable(text)), self.width - wide - 2)])
 
-    def numbered(self, choices: Sequence[str], numbers: bool = True) -> None:
-        """In columns, read downwards."""
-        cells = [
-            f"{place:>2} {choice}" if numbers else choice for place, choice in enumerate(map(printable, choices), 1)
-        ]
-        wide = max(map(cell_len, cells))
-        across = max(1, (self.width - _LABEL - 1) // (wide + 2))
-        down = -(-len(cells) // across)
+    def possible(self, choices: Sequence[str]) -> None:
+        """One after another."""
+        self.beside("", Text("possible: " + ", ".join(map(printable, choices)), style="dim"))
+
+    def numbered(self, choices: Sequence[str]) -> None:
+        """In as many columns as fit, read downwards."""
+        cells = [f"{place:>2} {printable(choice)}" for place, choice in enumerate(choices, 1)]
+        for across in range(len(cells), 0, -1):
+            down = -(-len(cells) // across)
+            wide = [max(map(cell_len, cells[start : start + down])) for start in range(0, len(cells), down)]
+            if sum(wide) + 2 * (len(wide) - 1) <= self.width - _LABEL - 2:
+                break
         for row in range(down):
-            line = "  ".join(cell + " " * (wide - cell_len(cell)) for cell in cells[row::down])
-            self.beside("", Text(line.rstrip(), style="" if numbers else "dim"))
+            line = (cell + " " * (width - cell_len(cell)) for cell, width in zip(cells[row::down], wide, strict=False))
+            self.beside("", Text("  ".join(line).rstrip()))
 
     @contextmanager
     def waiting(self, what: str) -> Iterator[None]:
@@ -236,12 +245,13 @@ class Plain(Screen):
         for key, text in rows:
             self._line(f"{printable(key)}: {' '.join(printable(text).split())}")
 
-    def numbered(self, choices: Sequence[str], numbers: bool = True) -> None:
-        """`number: what`; in one line where nobody has to choose."""
-        if numbers:
-            self.entries([(str(place), choice) for place, choice in enumerate(choices, 1)])
-        else:
-            self._line(", ".join(map(printable, choices)))
+    def possible(self, choices: Sequence[str]) -> None:
+        """In one line."""
+        self._line("Possible: " + ", ".join(map(printable, choices)) + ".")
+
+    def numbered(self, choices: Sequence[str]) -> None:
+        """`number: what`."""
+        self.entries([(str(place), choice) for place, choice in enumerate(choices, 1)])
 
     def _line(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -255,9 +265,11 @@ def count(number: int, what: str) -> str:
 def apart(observation: Observation) -> tuple[str, tuple[str, ...]]:
     """What the world said, without the list of admissible actions that it may end in, and that list."""
     lines, choices = observation.text.rstrip().splitlines(), observation.admissible or ()
-    if choices and [line.strip() for line in lines[-len(choices) :]] == list(choices):
-        return "\n".join(lines[: -len(choices)]), choices
-    return observation.text, ()
+    if not choices or [line.strip() for line in lines[-len(choices) :]] != list(choices):
+        return observation.text, ()
+    lines = lines[: -len(choices)]
+    heading = bool(lines) and lines[-1].rstrip().endswith(":")
+    return "\n".join(lines[:-1] if heading else lines).rstrip(), choices
 
 
 def _kept(episode: Episode, new: bool) -> list[str]:

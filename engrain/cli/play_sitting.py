@@ -169,9 +169,7 @@ class Sitting:
                 suggestion = match.suggest()
             if keyboard is None:
                 return suggestion
-            text = match.text_of(suggestion)
-            self.screen.say("agent", text or "(nothing)", "Enter takes it, or type your own")
-            own = keyboard.reply(match, text)
+            own = keyboard.reply(match, match.text_of(suggestion))
             return suggestion if own is None else own
 
         return choose

@@ -50,7 +50,8 @@ def show_gap(screen: Screen, replies: Sequence[ReplyGap], teacher: str, who: str
         )
         if not largest:
             screen.facts(f"no token changes by {SOME} nats or more", style="dim")
-    if isinstance(screen, Labelled):
+    if isinstance(screen, Labelled) and not screen.explained:
+        screen.explained = True
         names = ("cyan", "reversed", "red", "reversed") if has_colour(screen.console) else "+#-="
         legend = "{} likelier with it, {} much; {} less likely, {} much"
         screen.facts(f"{legend.format(*names)} ({SOME:g} and {MUCH:g} nats)", style="dim")
@@ -128,7 +129,8 @@ def show_influence(screen: Screen, found: Influence, knowledge: str, who: str) -
     """For each reply the items that moved it most."""
     screen.heading(f"{who}, item by item: log p with all of {knowledge} minus log p without the item")
     beyond = f" of {len(found.items) + found.untried}" if found.untried else ""
-    screen.facts(f"{len(found.items)}{beyond} items left out in turn", count(found.forwards, "forward"), style="dim")
+    tried = f"the first {len(found.items)}{beyond} items" if beyond else count(len(found.items), "item")
+    screen.facts(f"{tried} left out in turn", count(found.forwards, "forward"), style="dim")
     for place, turn in enumerate(found.turns):
         screen.facts(f"reply {turn}", f"log p with all {found.logprobs[place]:.2f}", style="bold")
         moved = found.of(place)
@@ -146,6 +148,7 @@ def show_comparison(screen: Screen, played: Sequence[tuple[str, Episode]]) -> No
     else:
         for name, episode in played:
             _alone(screen, name, episode, single)
+    screen.gap()
     apart = parting(episodes)
     if len(played) > 1 and apart is None:
         screen.facts("all said the same", style="dim")

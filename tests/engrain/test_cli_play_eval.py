@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import engrain.cli as shell
 from engrain.cli.common import fingerprint
 from envs import registry
-from envs.base import Split
+from envs.base import Split, Task
 from envs.math import MathEnv
 from envs.splits import split_of
 from memory.store import Store
@@ -153,13 +153,26 @@ def test_evaluations_say_what_was_measured_and_play_nothing_twice(
 
 
 def test_broken_episodes_are_told(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(self: MathEnv) -> None:
-        raise OSError("the world is gone")
+    intact, broken = MathEnv.reset, {_tasks(1)[0].id}
 
-    monkeypatch.setattr(MathEnv, "reset", broken)
-    result = run("eval", *WORLD, "-m", str(tiny_folder), "-n", "2", "--max-tokens", "4")
+    def reset(self: MathEnv) -> Any:
+        if self.task.id in broken:
+            raise OSError("the world is gone")
+        return intact(self)
+
+    monkeypatch.setattr(MathEnv, "reset", reset)
+    command = ("eval", *WORLD, "-m", str(tiny_folder), "-n", "2", "--max-tokens", "4")
+    result = run(*command)
     assert result.exit_code == 0
-    assert "2 of 2 episodes broke off, the first: OSError: the world is gone" in result.stderr
+    assert "1 of 2 episodes broke off, the first: OSError: the world is gone" in result.stderr
+    broken |= {task.id for task in _tasks(2)}
+    result = run(*command, "--temperature", "0.5")
+    assert result.exit_code == 1
+    assert "no episode was played to its end, the first: OSError: the world is gone" in result.stderr
+
+
+def _tasks(count: int) -> list[Task]:
+    return registry.world("math", {"convention": "answer_tag"}).tasks(Split.TEST, count)
 
 
 def test_another_model_under_the_same_name_is_played_anew(

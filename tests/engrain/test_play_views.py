@@ -228,7 +228,7 @@ def test_an_items_influence_is_drawn_with_what_was_not_tried(engine: Transformer
     out = io.StringIO()
     found = influence(Scorer(engine), played(engine, knowledge), knowledge, most=2)
     show_influence(Labelled(Console(file=out, width=80)), found, "knowledge 3", "the agent")
-    assert "2 of 3 items left out in turn, 3 forwards" in out.getvalue()
+    assert "the first 2 of 3 items left out in turn, 3 forwards" in out.getvalue()
     assert out.getvalue().count("Say yes.") == 2  # once a reply
 
 
