@@ -391,8 +391,8 @@ def main() -> None:
         return
     kinds = given.database or ["sqlite", "postgresql"]
     case = {"turns": given.turns, "seed": given.seed, "each": given.each}
-    found = earlier(given.out, given.turns, given.seed)
-    found |= {kind: in_process_of_its_own(__file__, kind=kind, **case) for kind in kinds}
+    found = {kind: in_process_of_its_own(__file__, kind=kind, **case) for kind in kinds}
+    found = earlier(given.out, given.turns, given.seed) | found
     rates = {kind: result["insert"]["turns_per_second"] for kind, result in found.items()}
     peers = {kind: result["peer"]["turns_per_second"] for kind, result in found.items()}
     slowest = {kind: max(query["p99_ms"] for query in result["queries"].values()) for kind, result in found.items()}
