@@ -36,7 +36,8 @@ def naive(student: torch.Tensor, head_s: torch.Tensor, teacher: torch.Tensor, he
 
 
 def ours(*tensors: torch.Tensor) -> torch.Tensor:
-    from distill.objective import chunked_divergence, reverse_kl
+    from distill.chunked import chunked_divergence
+    from distill.objective import reverse_kl
 
     return chunked_divergence(*tensors, reverse_kl)[0].mean()
 
@@ -94,7 +95,8 @@ def definition(name: str, z_s: torch.Tensor, z_t: torch.Tensor) -> torch.Tensor:
 
 def error(case: dict[str, Any]) -> dict[str, Any]:
     """Largest relative error of a value, and the gradient's as a share of its norm, on a sample of the positions."""
-    from distill.objective import chunked_divergence, divergence_named
+    from distill.chunked import chunked_divergence
+    from distill.objective import divergence_named
 
     student, head_s, teacher, head_t = inputs(case, torch.float32, torch.device("cpu"))
     every = max(1, case["positions"] // case["sample"])

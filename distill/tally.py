@@ -10,8 +10,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from distill.chunked import Overlap
 from distill.monitor import StepMetrics, distinct_n, leak_rate
-from distill.objective import Overlap
 from distill.source import Batch
 
 #: Tokens of a response that count as its opening.

@@ -16,7 +16,7 @@ from agent.engines.transformers import TransformersEngine
 from agent.episode import Episode
 from agent.renderer import Renderer
 from distill.backbone import Backbone
-from distill.objective import chunked_cross_entropy
+from distill.chunked import chunked_cross_entropy
 from distill.packing import Sample, pack
 from distill.source import allowed_in, check_pair, opening
 from engrain.errors import NothingSampledError

@@ -12,7 +12,8 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 from distill.attention import IMPLEMENTATION, Layout, packed_attention
 from distill.backbone import Backbone
-from distill.objective import chunked_divergence, forward_kl
+from distill.chunked import chunked_divergence
+from distill.objective import forward_kl
 from distill.packing import Packed, Sample, attention_mask, pack
 from distill.teacher import FrozenTeacher
 

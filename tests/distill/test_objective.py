@@ -9,10 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from distill.chunked import chunked_cross_entropy, chunked_divergence
 from distill.errors import DistillConfigError
 from distill.objective import (
-    chunked_cross_entropy,
-    chunked_divergence,
     divergence_named,
     forward_kl,
     jsd,

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from distill.objective import chunked_divergence, jsd
+from distill.chunked import chunked_divergence
+from distill.objective import jsd
 
 pytest.importorskip("trl")
 

@@ -12,7 +12,8 @@ import torch
 from agent.constraint import Vocabulary, allowed_ids
 from agent.episode import Episode, FinishReason, Message, SamplingParams, StopReason, Turn
 from agent.renderer import Renderer
-from distill.objective import chunked_cross_entropy, chunked_divergence, divergence_named
+from distill.chunked import chunked_cross_entropy, chunked_divergence
+from distill.objective import divergence_named
 from distill.packing import Sample, pack
 from distill.partial import PrefixSource
 from distill.source import make_sample
