@@ -255,7 +255,7 @@ def draw(series: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
             top.annotate(f"{row['family']}\n{mark}", (row["round"], 1.12), ha="center", va="bottom", fontsize=7)
         top.set(ylim=(-0.04, 1.3), ylabel="accuracy, nothing in context" if column == 0 else "")
         top.set_yticks([0, 0.25, 0.5, 0.75, 1])
-        top.legend(frameon=False, fontsize=7, loc="center left")
+        top.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(0.0, 0.36))
         top.set_title(titles[name], loc="left", fontsize=10)
         base = rows[0]["probe"]["sampled"]
         for key, label in (("entropy", "entropy"), ("response_tokens", "length"), ("distinct_2", "distinct bigrams")):

@@ -12,9 +12,11 @@ each batch (a *look*) it may end.
 - **Futility**: where the Bayesian predictive probability (Spiegelhalter, Freedman and Blackburn, Controlled Clinical
   Trials 7, 1986; Jeffreys' prior) that all tasks would lead to a promotion is below 5%, playing on is given up. That
   can only make a promotion rarer.
-- **Other worlds**: the loss is clear where the whole interval at the look's level lies below minus the margin, and
-  clearly within it where the whole interval lies above; at the last look the estimate decides. That is no proof of
-  non-inferiority: dozens of tasks cannot give one for a margin of a few percent.
+- **Other worlds**, all their tasks together: the loss is clear where the whole interval at the look's level lies below
+  minus the margin, and clearly within it where the whole interval lies above; at the last look the estimate decides.
+  That is no proof of non-inferiority: dozens of tasks cannot give one for a margin of a few percent. Besides, no single
+  world may lose more than the margin where the exact test at the look's level finds a loss there, so that what one
+  world gains does not pay for another that is forgotten.
 
 What is reported after an early stop is the repeated confidence interval of that look (Jennison and Turnbull, JRSS B 51,
 1989): all looks' intervals together hold with 95%, so the one at which we stopped does too. It is wider than a plain
@@ -25,7 +27,7 @@ one. The estimate itself leans to the side on which the test stopped; where a fi
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -102,7 +104,8 @@ class Look(BaseModel):
     gain: Gain
     gained: Finding  # is the student better?
     chance: float | None  # predictive probability of a promotion with all tasks; None where it was not asked
-    ood: Gain
+    ood: Gain  # all other worlds together
+    worlds: Mapping[str, Gain]
     kept: Finding  # is the loss in other worlds within the margin?
 
     @property
@@ -201,11 +204,17 @@ class Gate:
         self,
         before: Sequence[bool],
         after: Sequence[bool],
-        ood_before: Sequence[bool],
-        ood_after: Sequence[bool],
+        others: Mapping[str, tuple[Sequence[bool], Sequence[bool]]],
         earlier: Look | None = None,
     ) -> Look:
-        """What the outcomes so far say, each list from the first task on; `earlier` is the look before this one."""
+        """What the outcomes so far say.
+
+        Args:
+            before: outcomes of the test tasks without the training, from the first task on.
+            after: with it.
+            others: the same two lists of each other world.
+            earlier: the look before this one.
+        """
         number = earlier.number + 1 if earlier else 1
         level, final = self.level(number), number == self.looks
         if earlier is not None and earlier.gained is not Finding.OPEN:
@@ -214,12 +223,23 @@ class Gate:
             gain = paired_gain(before, after, 1 - 2 * level)
             gained, chance = self._gained(gain, level, final=final)
         if earlier is not None and earlier.kept is not Finding.OPEN:
-            ood, kept = earlier.ood, earlier.kept
+            ood, worlds, kept = earlier.ood, earlier.worlds, earlier.kept
         else:
-            ood = paired_gain(ood_before, ood_after, 1 - 2 * level)
-            kept = self._kept(ood, final=final)
+            all_before, all_after = ([won for pair in others.values() for won in pair[side]] for side in (0, 1))
+            ood = paired_gain(all_before, all_after, 1 - 2 * level)
+            worlds = {name: paired_gain(*pair, 1 - 2 * level) for name, pair in others.items()}
+            forgotten = any(self._forgot(world, level) for world in worlds.values())
+            kept = Finding.NO if forgotten else self._kept(ood, final=final)
         return Look(
-            number=number, of=self.looks, level=level, gain=gain, gained=gained, chance=chance, ood=ood, kept=kept
+            number=number,
+            of=self.looks,
+            level=level,
+            gain=gain,
+            gained=gained,
+            chance=chance,
+            ood=ood,
+            worlds=worlds,
+            kept=kept,
         )
 
     def verdict(self, looks: Sequence[Look]) -> Verdict:
@@ -229,7 +249,9 @@ class Gate:
         if end.gained is Finding.NO:
             reason = f"no clear gain on held-out tasks: {end.gain}{early}"
         elif end.kept is not Finding.YES:
-            reason = f"out-of-distribution accuracy fell by more than {self.ood_margin:g}: {end.ood}{early}"
+            lost = {name: world for name, world in end.worlds.items() if self._forgot(world, end.level)}
+            where = ", ".join(f"{name} {world}" for name, world in lost.items()) or str(end.ood)
+            reason = f"out-of-distribution accuracy fell by more than {self.ood_margin:g}: {where}{early}"
         else:
             reason = f"gain {end.gain}; out of distribution {end.ood}{early}"
         return Verdict(
@@ -250,6 +272,10 @@ class Gate:
             return Finding.NO, None
         chance = predicted(gain, self.tasks - gain.n, self.level(self.looks))
         return (Finding.NO if chance < _FUTILE else Finding.OPEN), chance
+
+    def _forgot(self, world: Gain, level: float) -> bool:
+        """Whether one world by itself lost clearly, and more than the margin."""
+        return world.difference < -self.ood_margin and world.p_value <= 2 * level
 
     def _kept(self, ood: Gain, *, final: bool) -> Finding:
         if not ood.n:  # there are no other worlds

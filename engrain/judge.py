@@ -76,8 +76,7 @@ def judge(tasks: RoundTasks, settings: EvaluationConfig, play: Play, note: Calla
         look = gate.look(
             solved(test[Student.BARE]),
             solved(test[Student.DISTILLED]),
-            [outcome for played in ood.values() for outcome in solved(played[Student.BARE])],
-            [outcome for played in ood.values() for outcome in solved(played[Student.DISTILLED])],
+            {world: (solved(played[Student.BARE]), solved(played[Student.DISTILLED])) for world, played in ood.items()},
             earlier,
         )
         looks.append(look)

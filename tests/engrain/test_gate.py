@@ -81,20 +81,37 @@ def flags(count: int, of: int) -> list[bool]:
     return [True] * count + [False] * (of - count)
 
 
+def worlds(*other: list[bool]) -> dict[str, tuple[list[bool], list[bool]]]:
+    """One other world, before and after, or none."""
+    return {"other": (other[0], other[1])} if other else {}
+
+
+def test_what_one_world_gains_does_not_pay_for_another_that_is_forgotten() -> None:
+    gate = Gate(40, looks=1, ood_margin=0.1)
+    others = {"plain": (flags(16, 24), flags(16, 24)), "sums": (flags(0, 12), flags(11, 12)),
+              "products": (flags(6, 12), flags(0, 12))}  # fmt: skip
+    verdict = gate.verdict([gate.look(flags(0, 40), flags(30, 40), others)])
+    assert verdict.ood.difference > 0  # all together they gained
+    assert not verdict.promoted
+    assert "fell by more than 0.1: products -0.50" in verdict.reason
+    few = others | {"products": (flags(6, 12), flags(3, 12))}  # three of twelve may be chance
+    assert gate.verdict([gate.look(flags(0, 40), flags(30, 40), few)]).promoted
+
+
 def test_the_gate_wants_a_clear_gain_and_no_forgetting() -> None:
     gate = Gate(40, looks=1)
     same = flags(20, 40)
 
-    def judged(*lists: list[bool]) -> Verdict:
-        return gate.verdict([gate.look(*lists)])
+    def judged(before: list[bool], after: list[bool], *other: list[bool]) -> Verdict:
+        return gate.verdict([gate.look(before, after, worlds(*other))])
 
     assert judged(flags(0, 40), flags(30, 40), same, same).promoted
     assert "no clear gain" in judged(flags(0, 40), flags(1, 40), same, same).reason
     worse = judged(flags(0, 40), flags(30, 40), same, flags(10, 40))
     assert not worse.promoted
     assert "out-of-distribution accuracy fell by more than 0.05" in worse.reason
-    assert not judged([], [], [], []).promoted
-    assert judged(flags(0, 40), flags(30, 40), [], []).promoted  # no other worlds
+    assert not judged([], []).promoted
+    assert judged(flags(0, 40), flags(30, 40)).promoted  # no other worlds
 
 
 @pytest.mark.parametrize("looks", [1, 2, 4, MAX_LOOKS])
@@ -111,12 +128,12 @@ def test_all_looks_together_may_err_as_often_as_was_asked_for(looks: int) -> Non
 def test_ten_gains_end_it_at_once_and_nine_do_not() -> None:
     gate = Gate(96, looks=4, ood_margin=0.1)
     same = flags(8, 16)
-    clear = gate.look(flags(0, 24), flags(10, 24), same, same)
+    clear = gate.look(flags(0, 24), flags(10, 24), worlds(same, same))
     assert (clear.gained, clear.kept, clear.last) == (Finding.YES, Finding.OPEN, False)
     assert clear.gain.low > 0
     assert clear.gain.confidence == pytest.approx(0.998)
     assert "99.8% interval" in str(clear.gain)
-    unclear = gate.look(flags(0, 24), flags(9, 24), same, same)
+    unclear = gate.look(flags(0, 24), flags(9, 24), worlds(same, same))
     assert unclear.gained is Finding.OPEN
     assert unclear.chance is not None
     assert unclear.chance > 0.95
@@ -124,9 +141,9 @@ def test_ten_gains_end_it_at_once_and_nine_do_not() -> None:
 
 def test_what_is_settled_stays_and_the_last_look_settles_the_rest() -> None:
     gate = Gate(96, looks=2, ood_margin=0.1)
-    first = gate.look(flags(0, 48), flags(30, 48), flags(8, 16), flags(7, 16))
+    first = gate.look(flags(0, 48), flags(30, 48), worlds(flags(8, 16), flags(7, 16)))
     assert (first.gained, first.kept) == (Finding.YES, Finding.OPEN)
-    second = gate.look(flags(0, 48), flags(0, 48), flags(16, 32), flags(15, 32), first)
+    second = gate.look(flags(0, 48), flags(0, 48), worlds(flags(16, 32), flags(15, 32)), first)
     assert (second.gained, second.kept, second.last) == (Finding.YES, Finding.YES, True)
     assert second.gain == first.gain  # no test task was played for the second look
     verdict = gate.verdict([first, second])
@@ -137,7 +154,7 @@ def test_what_is_settled_stays_and_the_last_look_settles_the_rest() -> None:
 
 def test_a_clear_loss_elsewhere_ends_it_though_the_gain_is_open() -> None:
     gate = Gate(96, looks=4, ood_margin=0.05)
-    look = gate.look(flags(5, 24), flags(9, 24), flags(40, 40), flags(10, 40))
+    look = gate.look(flags(5, 24), flags(9, 24), worlds(flags(40, 40), flags(10, 40)))
     assert (look.gained, look.kept, look.last) == (Finding.OPEN, Finding.NO, True)
     assert not gate.verdict([look]).promoted
     assert look.ood.high < -0.05
@@ -166,46 +183,50 @@ def gained(gate: Gate, number: int, counts: Counts) -> Finding:
     if number > 1:
         none = paired_gain([], [])
         earlier = Look(number=number - 1, of=gate.looks, level=0.001, gain=none, gained=Finding.OPEN, chance=0.5,
-                       ood=none, kept=Finding.OPEN)  # fmt: skip
-    return gate.look(before, after, [], [], earlier).gained
+                       ood=none, worlds={}, kept=Finding.OPEN)  # fmt: skip
+    return gate.look(before, after, {}, earlier).gained
 
 
-def played(gate: Gate, cells: tuple[float, ...], runs: int, seed: int) -> tuple[float, float]:
-    """Share of runs that find a gain, and mean tasks played, with these chances of both, gain, loss, neither."""
-    random, found, tasks = np.random.default_rng(seed), 0, 0
+def played(gate: Gate, cells: tuple[float, ...], runs: int, seed: int) -> tuple[float, float, float]:
+    """Shares of runs that find a gain, by looks and by one test of the same tasks, and mean tasks played.
+
+    `cells` are the chances of a task that both solve, a gain, a loss, and one that neither solves.
+    """
+    random, fixed = np.random.default_rng(seed), Gate(gate.tasks, looks=1)
     batches = np.diff([0, *sizes(gate.tasks, gate.looks)])
+    found = by_all = tasks = 0
     for _ in range(runs):
-        counts = np.zeros(4, dtype=int)
-        for number, batch in enumerate(batches, 1):
-            counts += random.multinomial(batch, cells)
-            finding = gained(gate, number, tuple(int(c) for c in counts))
+        counts = np.cumsum([random.multinomial(batch, cells) for batch in batches], axis=0)
+        looks = [tuple(int(c) for c in row) for row in counts]
+        for number, row in enumerate(looks, 1):
+            finding = gained(gate, number, row)
             if finding is not Finding.OPEN:
                 break
         found += finding is Finding.YES
-        tasks += int(counts.sum())
-    return found / runs, tasks / runs
+        tasks += sum(row)
+        by_all += gained(fixed, 1, looks[-1]) is Finding.YES
+    return found / runs, by_all / runs, tasks / runs
 
 
 @pytest.mark.parametrize("cells", [(0.3, 0.1, 0.1, 0.5), (0.2, 0.3, 0.3, 0.2)])
 def test_a_student_that_is_no_better_is_promoted_no_more_often_than_alpha(cells: tuple[float, ...]) -> None:
-    error, tasks = played(Gate(48, looks=4), cells, runs=1500, seed=0)
+    error, _, tasks = played(Gate(48, looks=4), cells, runs=1500, seed=0)
     assert error <= 0.025 + 3 * math.sqrt(0.025 * 0.975 / 1500)
     assert tasks < 48  # futility ends some of them early
 
 
 @pytest.mark.parametrize("cells", [(0.3, 0.25, 0.05, 0.4), (0.1, 0.2, 0.02, 0.68)])
 def test_looking_early_costs_little_power(cells: tuple[float, ...]) -> None:
-    early, tasks = played(Gate(64, looks=4), cells, runs=500, seed=1)
-    fixed, _ = played(Gate(64, looks=1), cells, runs=500, seed=1)
+    early, fixed, tasks = played(Gate(64, looks=4), cells, runs=600, seed=1)
     assert 0.5 < fixed < 0.99  # there is something to lose
     assert early >= fixed - 0.05
     assert tasks < 60
 
 
 def test_a_clear_case_needs_a_fraction_of_the_tasks() -> None:
-    power, tasks = played(Gate(96, looks=4), (0.02, 0.85, 0.01, 0.12), runs=200, seed=2)
+    power, _, tasks = played(Gate(96, looks=4), (0.02, 0.85, 0.01, 0.12), runs=200, seed=2)
     assert power == 1.0
-    assert tasks == 24
+    assert tasks < 26
 
 
 RANK = {Finding.NO: 0, Finding.OPEN: 1, Finding.YES: 2}
@@ -230,7 +251,7 @@ def test_a_promotion_is_never_without_a_gain_and_the_end_is_an_end(cells: Counts
     gate = Gate(sum(cells), looks=looks, ood_margin=0.1)
     found: list[Look] = []
     while not found or not found[-1].last:
-        found.append(gate.look(*pairs(*cells), *pairs(*others), found[-1] if found else None))
+        found.append(gate.look(*pairs(*cells), worlds(*pairs(*others)), found[-1] if found else None))
     assert len(found) <= looks
     verdict = gate.verdict(found)
     assert verdict.promoted == (found[-1].gained is found[-1].kept is Finding.YES)

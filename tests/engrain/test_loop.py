@@ -18,6 +18,7 @@ from agent.renderer import Renderer
 from agent.rollout import play
 from distill.config import DistillConfig, LoraSettings
 from distill.monitor import GuardConfig
+from engrain import gate
 from engrain.config import EvaluationConfig, ExtractConfig, ImproveConfig, OodSpec, PlayConfig, WorldSpec
 from engrain.errors import RoundConflictError
 from engrain.gate import Verdict
@@ -339,36 +340,45 @@ def test_a_round_cut_anywhere_ends_like_an_unbroken_one(run, tmp_path, cut, unbr
     assert books(tmp_path / "cut.db") == unbroken(run, tmp_path)
 
 
-@pytest.mark.parametrize("cut", [33, 40, 48])
-def test_a_judge_stage_cut_between_looks_plays_nothing_twice(run, config, tmp_path, monkeypatch, cut) -> None:
-    # half of the test tasks cannot be solved, so that no look but the last is clear
-    for index in range(16):
-        question = f"q{1000 * list(Split).index(Split.TEST) + index}"
-        if index % 2:
-            monkeypatch.setitem(ANSWERS, question, "never said")
+class CutInLook(Recorder):
+    """Kills a round while it plays `what` after so many looks, with at least one episode of the batch stored."""
+
+    def __init__(self, looks: int, what: str) -> None:
+        super().__init__()
+        self.looks, self.what = looks, what
+
+    def rollout(self, what: str, stats: Any) -> None:
+        looks = sum(note.startswith("look ") for note in self.notes)
+        if (what, looks) == (self.what, self.looks) and stats.episodes > stats.known:
+            raise Killed(what)
+
+
+@pytest.mark.parametrize("place", [(1, "test/bare"), (2, "test/in_context"), (3, "test/distilled")])
+def test_a_judge_stage_cut_between_looks_plays_nothing_twice(run, config, tmp_path, monkeypatch, place) -> None:
+    monkeypatch.setattr(gate, "_FUTILE", -1.0)  # no look but the last gives up
     evaluation = config.evaluation.model_copy(update={"looks": 4})
-    asked: dict[str, int] = {}
+    asked: dict[str, int] = {"replies": 0}
     generate = TransformersEngine.generate
 
     def counted(self: Any, prompts: Any, sampling: Any) -> Any:
-        asked["replies"] = asked.get("replies", 0) + len(prompts)
+        asked["replies"] += len(prompts)
         return generate(self, prompts, sampling)
 
     monkeypatch.setattr(TransformersEngine, "generate", counted)
     whole, _ = run("whole", Recorder(), evaluation=evaluation)
-    assert whole.verdict is not None
     unbroken = asked.pop("replies")
+    asked["replies"] = 0
     with pytest.raises(Killed):
-        run("cut", Recorder(("rollout", cut)), evaluation=evaluation)
+        run("cut", CutInLook(*place), evaluation=evaluation)
     resumed, _ = run("cut", Recorder(), evaluation=evaluation)
     assert books(tmp_path / "cut.db") == books(tmp_path / "whole.db")
     assert resumed.verdict == whole.verdict
     with Store.open(str(tmp_path / "cut.db")) as store:
         (record,) = store.rounds()
-        kept = Verdict.model_validate(record.state["judge"])  # both outcomes with their evidence
+        kept = Verdict.model_validate(record.state["judge"])  # either outcome with its evidence
     assert kept == whole.verdict
-    assert [look.number for look in kept.looks] == list(range(1, len(kept.looks) + 1))
-    assert asked["replies"] <= unbroken + 16  # at most the batch that was under way
+    assert [look.number for look in kept.looks] == [1, 2, 3, 4]
+    assert asked["replies"] <= unbroken + 4  # at most the batch that was under way
 
 
 def test_without_a_gap_nothing_is_trained(run, tmp_path, monkeypatch) -> None:
@@ -443,27 +453,6 @@ def test_a_coach_reads_and_effects_are_measured_by_randomised_inclusion(
         assert {(e.method, e.n) for e in store.effects()} == {("randomised", 6)}
         assert len(store.effects()) == len(store.items()) == 3
         assert store.episode_rows(stage="validation/randomised")
-
-
-def test_of_two_items_that_contradict_each_other_validation_retires_one(run, tmp_path, monkeypatch) -> None:
-    other = "Never answer in the way of the old masters."
-
-    def wrote(self: Extractor, episodes: Any, seed: int) -> Any:
-        lines = f"- EXPERIENCE ITEM: {other}\n- EXPERIENCE ITEM: {ITEM}"
-        return [self._extraction([e], seed, lines, _Parsed((other, ITEM), ())) for e in episodes]
-
-    monkeypatch.setattr(Extractor, "extract", wrote)
-    run("torn", Recorder())
-    with Store.open(str(tmp_path / "torn.db")) as store:
-        items = {item.text: item for item in store.items()}
-        marks = {item.text: [(f.flag, f.other) for f in item.flags] for item in items.values()}
-        assert marks == {ITEM: [("contradicts", items[other].id)], other: [("contradicts", items[ITEM].id)]}
-        assert all(len(text.items) == 1 for text in store.knowledge_versions())  # never in one text
-        assert items[other].status is ItemStatus.RETIRED
-        assert items[ITEM].status is not ItemStatus.RETIRED
-        last = store.events(subject=items[other].id)[-1]
-        assert (last.who, last.action) == ("engrain", "retired")
-        assert f"contradicts item {items[ITEM].id}, which does more on validation tasks: +1.00" in last.why
 
 
 def test_of_two_items_that_contradict_each_other_validation_retires_one(run, tmp_path, monkeypatch) -> None:
