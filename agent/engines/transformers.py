@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -25,8 +26,8 @@ from agent.renderer import Renderer
 
 _FALLBACK_CONTEXT = 4096
 _REUSE_TOKENS = 65_536
-#: What transformers, PEFT and safetensors raise over files that are missing, broken or of another model.
-_BAD_FILES = (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError)
+#: What transformers, PEFT and safetensors raise over files that are missing, broken, of another model or contradictory.
+_BAD_FILES = (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError, StrictDataclassError)
 
 
 class TransformersEngine:
@@ -76,7 +77,7 @@ class TransformersEngine:
             if tokenizer is None:
                 source = self._source or getattr(self._base.config, "_name_or_path", "")
                 tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        except _BAD_FILES as error:
+        except Exception as error:  # tokenizers raises nothing narrower over a file of another form
             raise ModelLoadError(f"model {name} cannot be loaded from {self._source}: {load_fault(error)}") from error
         self.network: Any = self._base  # what is sampled from: the base model, or an adapter around it
         self.tokenizer = tokenizer

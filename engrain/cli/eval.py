@@ -111,6 +111,8 @@ def command(
                 )
                 if failed := failures(episodes):
                     if len(failed) == len(episodes):
+                        for episode in failed:  # or they would stand for the measurement when its world works again
+                            memory.forget("episode", episode.id, "engrain", "its world did not work")
                         raise EnvFailedError(f"{name}: no episode was played to its end, the first: {failed[0].error}")
                     broken[name] = f"{len(failed)} of {len(episodes)} episodes broke off, the first: {failed[0].error}"
                 weights_id = with_weights.id if with_weights else None

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from engrain.cli.checkpoints import BudgetOption, KeepOption
 from engrain.cli.common import (
@@ -29,6 +30,7 @@ from engrain.cli.common import (
     open_players,
     open_sampler,
     open_store,
+    printable,
     writable_folder,
 )
 from engrain.cli.common import world_options as parse_options
@@ -253,8 +255,8 @@ def _show(
     console = Console(stderr=True)
     for name, place in places.items():
         if place.exists():
-            console.print(f"[dim]{name:<8}{place}[/]", soft_wrap=True)
-    console.print(f"[dim]store   {store}[/]", soft_wrap=True)
+            console.print(f"[dim]{name:<8}{escape(str(place))}[/]", soft_wrap=True)
+    console.print(f"[dim]store   {escape(store)}[/]", soft_wrap=True)
 
 
 def _print(console: Console, result: Any, view: Any, facts: dict[str, Any], config: Any) -> None:
@@ -263,7 +265,7 @@ def _print(console: Console, result: Any, view: Any, facts: dict[str, Any], conf
         console.print(view)
     if result.knowledge is not None:
         console.print("\n[bold]Knowledge, as the model wrote it and validation chose it[/]")
-        console.print(result.knowledge.text, markup=False)
+        console.print(printable(result.knowledge.text), markup=False)
     if facts["recovery"] is not None:
         console.print(f"\nrecovery of the in-context gap: [bold]{facts['recovery']:.0%}[/]")
     if config.distill.objective != "reverse_kl":
@@ -271,7 +273,7 @@ def _print(console: Console, result: Any, view: Any, facts: dict[str, Any], conf
             f"objective: {config.distill.objective}, on-policy; the paper's on the same budget: --objective reverse_kl"
         )
     word = "[green]promoted[/]" if facts["promoted"] else f"[yellow]{result.status}, not promoted[/]"
-    console.print(f"{word}: {result.reason}")
+    console.print(f"{word}: {escape(printable(result.reason))}")
     console.print(f"{result.seconds:.0f} s")
 
 
