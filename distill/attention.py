@@ -10,8 +10,9 @@ It is a transformers attention implementation by the name of `IMPLEMENTATION`. A
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +25,20 @@ from transformers.masking_utils import sdpa_mask
 IMPLEMENTATION = "engrain_packed"
 
 
+#: Keys and values of each layer, 1 x KV heads x positions x d.
+States = Sequence[tuple[Tensor, Tensor]]
+
+
 @dataclass(frozen=True)
 class Layout:
-    """How one row divides: `prefix` cached positions for all, then sequences of these lengths, end to end."""
+    """How one row divides: sequences of these lengths, end to end, and what stands before every one of them.
+
+    That is `states`, of all layers, or the first `grown` keys and values that the layer itself is handed.
+    """
 
     lengths: tuple[int, ...]
-    prefix: int = 0
+    states: States = ()
+    grown: int = 0
 
 
 def packed_attention(
@@ -42,30 +51,33 @@ def packed_attention(
     layout: Layout | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """A transformers attention function: query 1 x heads x T x d, key and value 1 x KV heads x (prefix + T) x d.
+    """A transformers attention function: query 1 x heads x T x d, key and value 1 x KV heads x (grown + T) x d.
 
     Without a layout it is transformers' own `sdpa`, mask included; with one, the mask is not looked at.
     """
     if layout is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast rotary embeddings leave them in float32
-    groups = query.shape[1] // key.shape[1]
-    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
-    scale, start = kwargs.get("scaling"), layout.prefix
-    lengths = list(layout.lengths)
-    parts = [torch.split(part, lengths, dim=2) for part in (query, key[:, :, start:], value[:, :, start:])]
+    before = (key[:, :, : layout.grown], value[:, :, : layout.grown])
+    if layout.states:
+        keys, values = layout.states[cast(int, module.layer_idx)]
+        before = (keys.to(value.dtype), values.to(value.dtype))
+    groups, scale = query.shape[1] // key.shape[1], kwargs.get("scaling")
+    key, value = (repeat_kv(part[:, :, layout.grown :], groups) for part in (key, value))
+    parts = [torch.split(part, list(layout.lengths), dim=2) for part in (query, key, value)]
     own = list(zip(*parts, strict=True))
-    if not start:
+    if not before[0].shape[2]:
         outputs = [scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale) for q, k, v in own]
     elif query.device.type == "cpu" and not (torch.is_grad_enabled() and query.requires_grad):
-        outputs = [_cascade(query, key[:, :, :start], value[:, :, :start], own, scale)]
+        outputs = [_cascade(query, *before, own, scale)]
     else:
+        shared = [repeat_kv(part, groups) for part in before]
         outputs = [
             scaled_dot_product_attention(
                 q,
-                torch.cat([key[:, :, :start], k], dim=2),
-                torch.cat([value[:, :, :start], v], dim=2),
-                attn_mask=causal_lower_right(q.shape[2], start + q.shape[2]),
+                torch.cat([shared[0], k], dim=2),
+                torch.cat([shared[1], v], dim=2),
+                attn_mask=causal_lower_right(q.shape[2], shared[0].shape[2] + q.shape[2]),
                 scale=scale,
             )
             for q, k, v in own
@@ -78,7 +90,10 @@ def _cascade(
 ) -> Tensor:
     """The whole row over the prefix, each sequence over itself, joined by their shares of the softmax's sum."""
     attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    shared, shared_lse = attend(query, key, value, 0.0, False, attn_mask=None, scale=scale)
+    # heads that read the same keys lie side by side and go as one, so that the prefix need not be repeated for each
+    grouped = query.reshape(1, key.shape[1], -1, query.shape[3])
+    shared, shared_lse = attend(grouped, key, value, 0.0, False, attn_mask=None, scale=scale)
+    shared, shared_lse = shared.reshape(query.shape), shared_lse.reshape(query.shape[:3])
     each = [attend(q, k, v, 0.0, True, attn_mask=None, scale=scale) for q, k, v in own]
     alone = torch.cat([output for output, _ in each], dim=2)
     alone_lse = torch.cat([lse for _, lse in each], dim=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -9,7 +10,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from distill.attention import IMPLEMENTATION, Layout
+from distill.attention import IMPLEMENTATION, Layout, States
 from distill.errors import UnsupportedModelError
 from distill.packing import Packed, Sample, attention_mask, pack
 
@@ -49,23 +50,42 @@ class Backbone:
         """Where inputs must lie."""
         return self.head_VD.device
 
-    def hidden(self, packed: Packed, prefix: DynamicCache | None = None) -> Tensor:
-        """Last hidden states of a packed row, T x D, continuing `prefix` if given (which grows by the row)."""
-        cached = prefix.get_seq_length() if prefix is not None else 0
+    def hidden(self, packed: Packed, prefix: States = (), cache: DynamicCache | None = None) -> Tensor:
+        """Last hidden states of a packed row, T x D.
+
+        Args:
+            packed: the row.
+            prefix: keys and values from which every sequence of the row goes on.
+            cache: keys and values from which the row, then one sequence, goes on; it grows by the row.
+        """
         attention: dict[str, Any]
         if self.config._attn_implementation == IMPLEMENTATION:  # four dimensions: transformers hands such a mask on
             unread = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)
-            attention = {"attention_mask": unread, "layout": Layout(packed.sequences, cached)}
+            grown = cache.get_seq_length() if cache is not None else 0
+            attention = {"attention_mask": unread, "layout": Layout(packed.sequences, prefix, grown)}
         else:
-            attention = {"attention_mask": self._masks(packed, cached)}
+            if prefix:
+                cache = DynamicCache()
+                for layer, (keys, values) in enumerate(prefix):
+                    cache.update(keys, values, layer)
+            attention = {"attention_mask": self._masks(packed, cache.get_seq_length() if cache is not None else 0)}
         output = self.decoder(
             input_ids=packed.input_ids_1T,
             position_ids=packed.position_ids_1T,
-            past_key_values=prefix,
-            use_cache=prefix is not None,
+            past_key_values=cache,
+            use_cache=cache is not None,
             **attention,
         )
         return cast(Tensor, output.last_hidden_state[0])
+
+    def states(self, ids: Sequence[int], piece: int = 1024) -> States:
+        """Keys and values of all layers for these tokens, read `piece` tokens at a time to bound the memory."""
+        cache = DynamicCache()  # without a config: every layer keeps all positions, sliding ones are masked instead
+        for start in range(0, len(ids), piece):
+            part = tuple(ids[start : start + piece])
+            sample = Sample("prefix", part[:1], part[:1], part[1:], (False,) * (len(part) - 1))
+            self.hidden(pack([part[:1]], [sample], offset=start, device=self.device), cache=cache)
+        return [(layer.keys, layer.values) for layer in cast(Any, cache.layers)]
 
     def _masks(self, packed: Packed, prefix: int) -> Tensor | dict[str, Tensor]:
         window = getattr(self.config, "sliding_window", None)

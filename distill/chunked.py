@@ -119,8 +119,8 @@ def _chunks(
 ) -> Iterator[tuple[slice, Tensor, Iterator[_Block]]]:
     """Each chunk's place, the student's logits there, and its rows a few at a time.
 
-    Buffers are used again: memory of this size that is asked for at every turn may come from the system each time, which
-    takes longer than the arithmetic.
+    Buffers are used again: memory of this size that is asked for at every turn may come from the system each time,
+    which takes longer than the arithmetic.
     """
     buffers = [w.new_empty(min(chunk, len(hidden_PD)), len(w)) for w in (weight_VD, weight_t_VD) if w is not None]
     rows = min(len(buffers[0]), _cached_rows(weight_VD))

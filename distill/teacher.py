@@ -2,9 +2,9 @@
 
 All teacher prompts of a job begin with the same knowledge and the teacher is frozen, so the key-value states of that
 prefix are computed once and every sample of every step is scored from them (a teacher that moves computes them once a
-step). Which tokens are shared is found on the
-ids themselves: whatever a sample's prompt has in common with the cached prefix is taken from the cache, the rest is
-read, so that the result never depends on the cache being right about the text.
+step). Which tokens are shared is found on the ids themselves: whatever a sample's prompt has in common with the cached
+prefix is taken from the cache, the rest is read, so that the result never depends on the cache being right about the
+text.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from distill.adapters import follow, teacher_tensors, teacher_weights
+from distill.attention import States
 from distill.backbone import Backbone
 from distill.distributed import world
 from distill.errors import CheckpointError, DistillConfigError, VocabularyMismatchError
@@ -69,7 +69,7 @@ class PrefixCache:
     def __init__(self, backbone: Backbone, max_bytes: int = 4 * 2**30) -> None:
         self.backbone = backbone
         self.max_bytes = max_bytes
-        self._entries: OrderedDict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = OrderedDict()
+        self._entries: OrderedDict[tuple[int, ...], States] = OrderedDict()
 
     def clear(self) -> None:
         """Forget all entries: the weights have changed."""
@@ -80,8 +80,8 @@ class PrefixCache:
         """Memory held now."""
         return sum(_size(entry) for entry in self._entries.values())
 
-    def best(self, prompts: Sequence[Sequence[int]]) -> tuple[int, DynamicCache | None]:
-        """How many leading tokens of all `prompts` stand in the cache, and a fresh cache object holding just those.
+    def best(self, prompts: Sequence[Sequence[int]]) -> tuple[int, States]:
+        """How many leading tokens of all `prompts` stand in the cache, and the keys and values of just those.
 
         Several prompts whose shared beginning no entry covers by half get an entry of their own first. A single
         prompt shares all of itself with itself and takes what there is. The last token of a prompt is always left to
@@ -89,14 +89,9 @@ class PrefixCache:
         alone, where all see the same prompts: with sharded layers they must make the same passes.
         """
         length, entry = self.find(prompts, grow=world() == 1)
-        if not length:
-            return 0, None
-        cache = DynamicCache()
-        for layer, (keys, values) in enumerate(entry):
-            cache.update(keys[:, :, :length], values[:, :, :length], layer)
-        return length, cache
+        return length, [(keys[:, :, :length], values[:, :, :length]) for keys, values in entry]
 
-    def find(self, prompts: Sequence[Sequence[int]], *, grow: bool = True) -> tuple[int, list[tuple[Tensor, Tensor]]]:
+    def find(self, prompts: Sequence[Sequence[int]], *, grow: bool = True) -> tuple[int, States]:
         """The same, as the entry itself (keys and values a layer), which may be longer than what is covered."""
         shared = _common_prefix(prompts)
         shared = shared[: min(len(prompt) for prompt in prompts) - 1]
@@ -105,7 +100,7 @@ class PrefixCache:
         length = covered.get(key, 0)
         if grow and len(prompts) > 1 and 2 * length < len(shared):
             key, length = tuple(shared), len(shared)
-            entry = self._compute(shared)
+            entry = self.backbone.states(shared)
             self._keep(key, entry)
         elif length:
             entry = self._entries[key]
@@ -114,14 +109,7 @@ class PrefixCache:
             return 0, []
         return length, entry
 
-    def _compute(self, prefix: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-        sample = Sample("prefix", (prefix[0],), (prefix[0],), tuple(prefix[1:]), (False,) * (len(prefix) - 1))
-        packed = pack([sample.teacher_prompt], [sample], device=self.backbone.device)
-        cache = DynamicCache()  # without a config: every layer keeps all positions, sliding ones are masked instead
-        self.backbone.hidden(packed, cache)
-        return [(layer.keys, layer.values) for layer in _layers(cache)]
-
-    def _keep(self, key: tuple[int, ...], entry: list[tuple[Tensor, Tensor]]) -> None:
+    def _keep(self, key: tuple[int, ...], entry: States) -> None:
         size = _size(entry)
         if size > self.max_bytes:
             logger.warning("prefix of %d tokens needs %d bytes, over the bound: not kept", len(key), size)
@@ -171,7 +159,7 @@ class FrozenTeacher:
         """Hidden states at the positions that predict sampled tokens, R x D."""
         prompts = [sample.teacher_prompt for sample in samples]
         with self._scoring():
-            length, prefix = self.cache.best(prompts) if self.cache is not None else (0, None)
+            length, prefix = self.cache.best(prompts) if self.cache is not None else (0, ())
             packed = pack([p[length:] for p in prompts], samples, offset=length, device=self.backbone.device)
             hidden_TD = self.backbone.hidden(packed, prefix)
         return hidden_TD[packed.predict_R]
@@ -259,12 +247,8 @@ def _why_not_cached(backbone: Backbone) -> str | None:
     whole = pack([end.teacher_prompt], [end], device=backbone.device)
     full_TD = backbone.hidden(whole)[len(prefix) :]
     try:
-        cache = DynamicCache()
-        head = Sample("check", prefix[:1], prefix[:1], prefix[1:], (True,) * (len(prefix) - 1))
-        backbone.hidden(pack([prefix[:1]], [head], device=backbone.device), cache)
-        if any(getattr(layer, "keys", None) is None for layer in _layers(cache)):
-            return "some of its layers keep no keys and values of their own"
-        cached_TD = backbone.hidden(pack([suffix[:1]], [end], offset=len(prefix), device=backbone.device), cache)
+        states = backbone.states(prefix, piece=len(prefix) // 2)
+        cached_TD = backbone.hidden(pack([suffix[:1]], [end], offset=len(prefix), device=backbone.device), states)
     except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         return f"it does not take a key-value cache ({error})"
     difference = (cached_TD - full_TD).float().abs().max() / full_TD.float().abs().max().clamp(min=1e-6)
@@ -293,9 +277,5 @@ def _common_prefix(sequences: Sequence[Sequence[int]]) -> list[int]:
     return list(low[:length])
 
 
-def _layers(cache: DynamicCache) -> list[Any]:
-    return list(cache.layers)
-
-
-def _size(entry: list[tuple[Tensor, Tensor]]) -> int:
+def _size(entry: States) -> int:
     return sum(t.numel() * t.element_size() for pair in entry for t in pair)

@@ -38,21 +38,34 @@ def packed(lengths: list[int], offset: int = 0) -> Packed:
     return pack([(1,)] * len(samples), samples, offset=offset)
 
 
+def layer(number: int) -> torch.nn.Module:
+    module = torch.nn.Module()
+    module.layer_idx = number
+    return module
+
+
 @given(
     lengths=st.lists(st.integers(1, 9), min_size=1, max_size=4),
     prefix=st.sampled_from([0, 1, 7]),
     seed=st.integers(0, 99),
     grad=st.booleans(),
+    apart=st.booleans(),
 )
-@settings(deadline=None, max_examples=60)
-def test_it_equals_attention_under_the_block_mask(lengths: list[int], prefix: int, seed: int, grad: bool) -> None:
+@settings(deadline=None, max_examples=100)
+def test_it_equals_attention_under_the_block_mask(
+    lengths: list[int], prefix: int, seed: int, grad: bool, apart: bool
+) -> None:
     torch.manual_seed(seed)
     row = sum(lengths)
     query = torch.randn(1, 4, row, 8, requires_grad=grad)
     key, value = (torch.randn(1, 2, prefix + row, 8, requires_grad=grad) for _ in range(2))
-    got, _ = packed_attention(
-        torch.nn.Module(), query, key, value, None, layout=Layout(tuple(lengths), prefix), scaling=0.3
-    )
+    if apart:  # the prefix comes with the layout, or stands before the layer's own keys and values
+        other = (torch.zeros(1, 2, prefix, 8),) * 2
+        layout = Layout(tuple(lengths), states=[other, (key[:, :, :prefix], value[:, :, :prefix])])
+        handed = (key[:, :, prefix:], value[:, :, prefix:])
+    else:
+        layout, handed = Layout(tuple(lengths), grown=prefix), (key, value)
+    got, _ = packed_attention(layer(1), query, *handed, None, layout=layout, scaling=0.3)
     mask = attention_mask(packed(lengths, prefix), prefix=prefix)
     wide = [t.repeat_interleave(2, dim=1) for t in (key, value)]
     want = scaled_dot_product_attention(query, *wide, attn_mask=mask, scale=0.3).transpose(1, 2)
@@ -68,7 +81,7 @@ def test_in_bfloat16_the_joined_parts_err_no_more_than_one_softmax() -> None:
     torch.manual_seed(0)
     query = torch.randn(1, 4, 20, 64)
     key, value = torch.randn(1, 2, 320, 64), torch.randn(1, 2, 320, 64)
-    layout = Layout((12, 8), 300)
+    layout = Layout((12, 8), grown=300)
     exact, _ = packed_attention(torch.nn.Module(), query, key, value, None, layout=layout)
     half = [t.bfloat16() for t in (query, key, value)]
     joined, _ = packed_attention(torch.nn.Module(), *half, None, layout=layout)

@@ -279,9 +279,9 @@ def test_shares_are_balanced_by_tokens_and_lose_nothing(monkeypatch: pytest.Monk
 def test_processes_make_the_same_passes(make_trainer, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = make_trainer().teacher.cache
     passes = []
-    monkeypatch.setattr(cache, "_compute", lambda prefix: passes.append(prefix) or [])
+    monkeypatch.setattr(cache.backbone, "states", lambda prefix: passes.append(prefix) or [])
     monkeypatch.setattr("distill.teacher.world", lambda: 2)
-    assert cache.best([[1, 2, 3], [1, 2, 4]]) == (0, None)  # a share of the batch, which others do not see
+    assert cache.best([[1, 2, 3], [1, 2, 4]]) == (0, [])  # a share of the batch, which others do not see
     assert not passes
     cache.find([[1, 2, 3], [1, 2, 4]])  # the whole batch
     assert passes == [[1, 2]]

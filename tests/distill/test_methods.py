@@ -157,8 +157,10 @@ def test_an_ema_teacher_pays_for_its_prefix_every_step_and_a_frozen_one_once(mak
     from distill.teacher import PrefixCache
 
     computed: list[int] = []
-    compute = PrefixCache._compute
-    monkeypatch.setattr(PrefixCache, "_compute", lambda self, p: computed.append(len(p)) or compute(self, p))
+    keep = PrefixCache._keep
+    monkeypatch.setattr(
+        PrefixCache, "_keep", lambda self, key, entry: computed.append(len(key)) or keep(self, key, entry)
+    )
     make_trainer("frozen", micro_batch_tokens=10_000).fit()
     assert len(computed) == 1
     result = make_trainer("ema", micro_batch_tokens=10_000, teacher_kind="ema").fit()
