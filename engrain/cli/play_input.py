@@ -105,6 +105,7 @@ class Keyboard:
 
     def _offer(self, choices: Sequence[str]) -> None:
         if choices:
+            self.screen.gap()
             self.screen.numbered(choices)
 
     def _command(self, words: str, match: Match, choices: Sequence[str]) -> None:
