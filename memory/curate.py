@@ -15,7 +15,7 @@ from memory.effect import Effect
 from memory.errors import UnknownIdError
 from memory.generality import instance_terms, quoted_terms
 from memory.normalise import NEAR, item_id, nearest, similarity
-from memory.prompts import MARKER
+from memory.prompts import EXAMPLES, MARKER
 from memory.records import Extraction, Item, ItemStatus, Knowledge
 from memory.render import compose
 from memory.store import Store
@@ -28,6 +28,8 @@ _RECALLED = 0.5
 #: Episodes of other tasks that an item's own task is compared with, out of so many that are looked at.
 _COMPARED, _SEARCHED = 64, 2000
 
+_EXAMPLES = tuple(Item(id=item_id(text), text=text) for text in EXAMPLES)
+
 
 def admit(
     store: Store,
@@ -39,8 +41,9 @@ def admit(
 ) -> list[Item]:
     """Enter the items of stored extractions, another wording of a known item becoming one more source of it.
 
-    - A line that admission refuses (see `memory.admission`) or that does not stand in its extraction's own output
-      becomes no item; an event on the extraction says why. The output itself stays as it was written.
+    - A line that admission refuses (see `memory.admission`), that does not stand in its extraction's output, or that
+      repeats an example of the prompt becomes no item; an event on the extraction says why. The output itself stays as
+      it was written.
     - What an unverified episode teaches is quarantined until a sound one teaches it too, or a person releases it.
     - An item that quotes its task's own numbers or names is marked `instance-bound`, until another task teaches it.
     - Items that contradict each other are marked so, both ways.
@@ -219,6 +222,8 @@ def _refusal(text: str, extraction: Extraction, read: Sequence[Episode]) -> str 
         return "it does not stand in what the model wrote"
     if why := suspicion(text):
         return f"it holds {why}"
+    if nearest(text, _EXAMPLES) is not None:
+        return "it is an example of the prompt"
     if any(planted(text, episode) for episode in read):
         return "the world itself called it an experience item"
     return None

@@ -169,6 +169,9 @@ _WORKED = (
     ),
 )
 
+#: The lessons of the worked examples: a model that writes one of them down learned nothing from its own episodes.
+EXAMPLES = tuple(lesson for _, lesson in _WORKED)
+
 # What the failed attempts of `_WORKED` stand beside.
 _BESIDE = (
     "Task: You stand before the gate of the mill. Get inside.\n"

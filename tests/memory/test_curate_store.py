@@ -61,6 +61,12 @@ def test_refused_lines_become_no_items_and_an_event_says_why(book, say):
     assert everything(book) == before
 
 
+def test_an_example_of_the_prompt_is_no_lesson_of_the_episode(book, say):
+    said = say("e1", "Always write the whole message in capital letters, like this: THE SKY IS BLUE!", "Knock first.")
+    assert [i.text for i in admit(book, [said])] == ["Knock first."]
+    assert refusals(book) == [("x0", "item 1: it is an example of the prompt")]
+
+
 def test_an_item_of_a_broken_episode_waits_until_a_sound_one_teaches_it(book, say):
     broken = say("broken", "Knock first.", stop_reason=StopReason.ERROR, error="ValueError: boom")
     (item,) = admit(book, [broken])
