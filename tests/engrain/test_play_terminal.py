@@ -175,7 +175,7 @@ def _rules(folder: Path) -> Path:
 
 
 def test_watching_can_be_left_too(engrain_home: Path, tiny_folder: Path) -> None:
-    terminal = Terminal("math", "-m", str(tiny_folder), "-n", "400", "--max-tokens", "4")
+    terminal = Terminal("math", "-m", str(tiny_folder), "-n", "60", "--max-tokens", "4")
     terminal.until("stored as")
     terminal.type("\x03")
     assert terminal.end() == 130
