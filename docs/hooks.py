@@ -174,6 +174,9 @@ COMMANDS_OF = {
     "divergence": "python benchmarks/divergence.py --positions 1024 --repeats 1",
     "opcd_step": "python benchmarks/opcd_step.py --repeats 2 --modes full_logits",
     "recovery": "python benchmarks/recovery.py",
+    "rollout": "python benchmarks/rollout.py",
+    "rounds": "python benchmarks/rounds.py",
+    "scaling": "python benchmarks/scaling.py",
 }
 
 TABLES = {
