@@ -196,6 +196,7 @@ def _side_by_side(screen: Labelled, played: Sequence[tuple[str, Episode]]) -> No
                     cell.append("\n" + printable(said), style="dim")
             cells.append(cell)
         row(cells)
+    screen.gap()
     row(Text(printable(episode.error or episode.feedback), style="yellow") for _, episode in played)
     row(
         Text(
