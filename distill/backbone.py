@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
 import torch
 from peft import PeftModel
+from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
 from transformers import DynamicCache
 
@@ -33,6 +35,8 @@ class Backbone:
         self.config: Any = base.config.get_text_config(decoder=True)
         self._head = head
         self._base = base
+        adapter = {p.dtype for n, p in model.named_parameters() if "lora_" in n}
+        self._mixed = head.weight.dtype == torch.bfloat16 and torch.float32 in adapter
         kinds = set(getattr(self.config, "layer_types", None) or ())
         slides = getattr(self.config, "sliding_window", None) is not None and not kinds
         if self.config._attn_implementation == "sdpa" and kinds <= {"full_attention"} and not slides:
@@ -69,14 +73,29 @@ class Backbone:
                 for layer, (keys, values) in enumerate(prefix):
                     cache.update(keys, values, layer)
             attention = {"attention_mask": self._masks(packed, cache.get_seq_length() if cache is not None else 0)}
-        output = self.decoder(
-            input_ids=packed.input_ids_1T,
-            position_ids=packed.position_ids_1T,
-            past_key_values=cache,
-            use_cache=cache is not None,
-            **attention,
-        )
+        with self._precision():
+            output = self.decoder(
+                input_ids=packed.input_ids_1T,
+                position_ids=packed.position_ids_1T,
+                past_key_values=cache,
+                use_cache=cache is not None,
+                **attention,
+            )
         return cast(Tensor, output.last_hidden_state[0])
+
+    @contextmanager
+    def _precision(self) -> Iterator[None]:
+        """Of a model in bfloat16 the adapter, kept in float32, multiplies in bfloat16 too, as under mixed precision.
+
+        PEFT's way is to turn every layer's input into float32 for it, which a backward pass then keeps, too.
+        """
+        if not self._mixed:
+            yield
+            return
+        with torch.autocast(self.device.type, torch.bfloat16), ExitStack() as stack:
+            if not getattr(self._base, "is_gradient_checkpointing", False):  # the second forward runs outside of this
+                stack.enter_context(disable_input_dtype_casting(self.model))
+            yield
 
     def states(self, ids: Sequence[int], piece: int = 1024) -> States:
         """Keys and values of all layers for these tokens, read `piece` tokens at a time to bound the memory."""

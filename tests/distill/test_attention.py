@@ -10,9 +10,11 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaAttention
 
+from distill.adapters import add_lora
 from distill.attention import IMPLEMENTATION, Layout, packed_attention
 from distill.backbone import Backbone
 from distill.chunked import chunked_divergence
+from distill.config import LoraSettings
 from distill.objective import forward_kl
 from distill.packing import Packed, Sample, attention_mask, pack
 from distill.teacher import FrozenTeacher
@@ -155,3 +157,37 @@ def test_a_model_that_keeps_the_layout_to_itself_gets_a_mask(monkeypatch: pytest
     backbone = Backbone(model)
     assert model.config._attn_implementation == "sdpa"
     torch.testing.assert_close(backbone.hidden(row), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_beside_weights_in_bfloat16_an_adapter_multiplies_in_bfloat16_and_learns_in_float32(
+    checkpointing: bool,
+) -> None:
+    student = add_lora(llama().bfloat16(), LoraSettings(rank=4, alpha=8), 0).train()
+    for name, weight in student.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.05)
+    if checkpointing:
+        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        student.enable_input_require_grads()
+    row, trained = packed([5, 4, 6]), [p for p in student.parameters() if p.requires_grad]
+    probe = torch.randn(15, 32)
+    saved: list[torch.Tensor] = []
+
+    def gradients(backbone: Backbone) -> list[torch.Tensor]:
+        saved.clear()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+            loss = (backbone.hidden(row).float() * probe).sum()
+        return list(torch.autograd.grad(loss, trained))
+
+    backbone = Backbone(student)
+    mixed = gradients(backbone)
+    bytes_mixed = sum(t.nbytes for t in saved)
+    backbone._mixed = False  # PEFT's own way
+    plain = gradients(backbone)
+    assert {g.dtype for g in mixed} == {torch.float32}
+    ours, theirs = torch.cat([g.flatten() for g in mixed]), torch.cat([g.flatten() for g in plain])
+    assert torch.nn.functional.cosine_similarity(ours, theirs, dim=0) > 0.99
+    assert torch.linalg.vector_norm(ours - theirs) < 0.1 * torch.linalg.vector_norm(theirs)
+    if not checkpointing:
+        assert bytes_mixed < 0.9 * sum(t.nbytes for t in saved)
