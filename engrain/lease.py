@@ -54,6 +54,11 @@ def is_gone(lease: Lease) -> bool:
         return False
 
 
+def lease_name(model: str) -> str:
+    """What the lease of the loop that improves `model` is called."""
+    return digest("improve", model)
+
+
 class LoopLease:
     """Holds the lease of the loop that improves `model` in `store`; a context manager.
 
@@ -68,7 +73,7 @@ class LoopLease:
 
     def __init__(self, store: Store, model: str, *, seconds: float = SECONDS) -> None:
         self.store, self.model, self.seconds = store, model, seconds
-        self.name, self.token = digest("improve", model), uuid4().hex
+        self.name, self.token = lease_name(model), uuid4().hex
         self.lost = False
         self._over = threading.Event()
         self._beating = threading.Thread(target=self._beat, name="lease", daemon=True)

@@ -135,6 +135,14 @@ class EpisodeTable(TallyTable):
         with self._read() as connection:
             return [EpisodeSummary(**row) for row in connection.execute(query).mappings()]
 
+    def stage_counts(self, round_id: str) -> list[tuple[str, int, int]]:
+        """What a round played so far, from its index alone: each stage, how many episodes, and how many were solved."""
+        solved = sa.func.sum(sa.cast(EpisodeRow.success, sa.Integer))
+        query = sa.select(EpisodeRow.stage, sa.func.count(), solved).where(EpisodeRow.round_id == round_id)
+        query = query.group_by(EpisodeRow.stage).order_by(sa.func.min(EpisodeRow.started_at), EpisodeRow.stage)
+        with self._read() as connection:
+            return [(stage, episodes, won) for stage, episodes, won in connection.execute(query)]
+
     def _load(self, connection: sa.Connection, ids: Sequence[str]) -> list[Episode]:
         """The stored ones of at most `_BATCH` ids, in their order."""
         query = sa.select(EpisodeRow.__table__, TaskRow.seed, TaskRow.parameters).join(TaskRow)

@@ -86,6 +86,12 @@ class LeaseTable(Database):
         with self._read() as connection:
             return self._lease(connection, name)
 
+    def held_lease(self, name: str) -> Lease | None:
+        """The lease, unless it has expired by the database's clock."""
+        with self._read() as connection:
+            found = self._lease(connection, name)
+            return found if found is not None and found.expires > self._time(connection) else None
+
     def _lease(self, connection: sa.Connection, name: str) -> Lease | None:
         row = connection.execute(sa.select(LeaseRow.__table__).where(LeaseRow.name == name)).mappings().first()
         return Lease(**row) if row else None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from typing import Annotated
+from dataclasses import dataclass
+from typing import Annotated, Self
 
 import typer
 from rich.console import Console
@@ -28,8 +29,33 @@ from engrain.cli.memory.view import (
     table,
     time,
 )
+from memory.records import Knowledge, KnowledgeItem
 
 app = typer.Typer(cls=ListByDefault, help="Versions of the text that goes into the system message.")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What a knowledge version gained and lost against another; of a reworded item the place in both."""
+
+    old: Knowledge
+    new: Knowledge
+    gained: list[KnowledgeItem]
+    lost: list[KnowledgeItem]
+    reworded: list[tuple[KnowledgeItem, KnowledgeItem]]
+
+    @classmethod
+    def of(cls, old: Knowledge, new: Knowledge) -> Self:
+        """Compare two versions item by item."""
+        was, now = {item.id: item for item in old.items}, {item.id: item for item in new.items}
+        return cls(
+            old,
+            new,
+            gained=[item for item in new.items if item.id not in was],
+            lost=[item for item in old.items if item.id not in now],
+            reworded=[(was[i.id], i) for i in new.items if i.id in was and was[i.id].text != i.text],
+        )
+
 
 KnowledgeArgument = Annotated[str, id_argument("knowledge")]
 
@@ -92,25 +118,22 @@ def diff_knowledge(
     """Show which items version B gained, lost, reworded or moved against version A."""
     with opened(store) as memory:
         old, new = memory.knowledge(knowledge_id(memory, a)), memory.knowledge(knowledge_id(memory, b))
-    was, now = {item.id: item.text for item in old.items}, {item.id: item.text for item in new.items}
-    gained = [item for item in new.items if item.id not in was]
-    lost = [item for item in old.items if item.id not in now]
-    reworded = [item for item in new.items if item.id in was and was[item.id] != item.text]
+    found = Difference.of(old, new)
     if as_json:
         print_json(
             {
                 "a": {"id": old.id, "version": old.version, "tokens": old.tokens},
                 "b": {"id": new.id, "version": new.version, "tokens": new.tokens},
-                "gained": gained,
-                "lost": lost,
-                "reworded": [{"id": item.id, "a": was[item.id], "b": item.text} for item in reworded],
+                "gained": found.gained,
+                "lost": found.lost,
+                "reworded": [{"id": b.id, "a": a.text, "b": b.text} for a, b in found.reworded],
             }
         )
         return
     with paged() as console:
         console.print(
             f"version {old.version} ({old.tokens} tokens) to version {new.version} ({new.tokens} tokens): "
-            f"{len(gained)} gained, {len(lost)} lost, {len(reworded)} reworded",
+            f"{len(found.gained)} gained, {len(found.lost)} lost, {len(found.reworded)} reworded",
             highlight=False,
         )
         lines = difflib.unified_diff(
