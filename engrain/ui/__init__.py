@@ -1,0 +1,1 @@
+"""The dashboard: a local web server that shows what a store holds, and lets a person retire and restore items."""

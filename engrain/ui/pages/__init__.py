@@ -1,0 +1,1 @@
+"""The pages of the dashboard, one module a noun; each has a `router`."""
