@@ -217,6 +217,8 @@ class Gate:
         """
         number = earlier.number + 1 if earlier else 1
         level, final = self.level(number), number == self.looks
+        gained: Finding
+        kept: Finding
         if earlier is not None and earlier.gained is not Finding.OPEN:
             gain, gained, chance = earlier.gain, earlier.gained, earlier.chance
         else:
