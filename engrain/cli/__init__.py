@@ -34,6 +34,7 @@ COMMANDS: dict[str, _Entry] = {
     "distill": _Entry("engrain.cli.distill:command", "Bake a knowledge text into the weights."),
     "play": _Entry("engrain.cli.play:command", "Watch the agent play a world, or play it yourself."),
     "memory": _Entry("engrain.cli.memory:app", "Read what was remembered: episodes, items, knowledge, rounds."),
+    "ui": _Entry("engrain.cli.ui:command", "Show rounds, items, knowledge and episodes in the browser."),
     "checkpoints": _Entry("engrain.cli.checkpoints:app", "List what training left on disk, and remove what may go."),
     "rollback": _Entry("engrain.cli.rollback:command", "Go back to an earlier promoted checkpoint."),
     "model": _Entry("engrain.cli.model:app", "Fetch, list, show and remove language models."),
