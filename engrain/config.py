@@ -45,8 +45,8 @@ class ExtractConfig(_Frozen):
 
     mode: Annotated[str, AfterValidator(known_mode)] = Field(
         "examples",
-        description="examples (worked ones, for small models), paper, contrastive (several episodes side by side), or a "
-        "registered prompt",
+        description="examples (worked ones, for small models), paper, contrastive (several episodes side by side), "
+        "or a registered prompt",
     )
     coach: str | None = Field(
         None, min_length=1, description="MODEL or MODEL@URL that reads the episodes; None: the model itself"

@@ -27,23 +27,28 @@ class Nearby(Env):
         self._env = RemoteEnv(task, _TURN_SECONDS)
 
     def reset(self) -> Observation:
+        """Start the episode there."""
         observation: Observation = self._there(self._env.reset)
         self.system, self.max_turns = self._env.system, self._env.max_turns
         return observation
 
     def step(self, text: str) -> Step:
+        """Play one reply there."""
         step: Step = self._there(lambda: self._env.step(text))
         return step
 
     @property
     def score(self) -> float:
+        """As of the last answer."""
         return self._env.score
 
     @property
     def success(self) -> bool:
+        """As of the last answer."""
         return self._env.success
 
     def close(self) -> None:
+        """Let the worker close the env; does not wait."""
         self._env.close()
 
     def _there(self, call: Callable[[], Any]) -> Any:
