@@ -79,7 +79,8 @@ class Gain(BaseModel):
 
     def __str__(self) -> str:
         level = "" if self.confidence == 0.95 else f", {self.confidence:.1%} interval"
-        return f"{self.difference:+.2f} [{self.low:+.2f}, {self.high:+.2f}] (n={self.n}, p={self.p_value:.2g}{level})"
+        interval = f"[{self.low:+z.2f}, {self.high:+z.2f}]"
+        return f"{self.difference:+z.2f} {interval} (n={self.n}, p={self.p_value:.2g}{level})"
 
 
 class Finding(StrEnum):

@@ -57,7 +57,7 @@ class Effect:
         return self.high < 0
 
     def __str__(self) -> str:
-        return f"{self.effect:+.2f} [{self.low:+.2f}, {self.high:+.2f}] (n={self.n})"
+        return f"{self.effect:+z.2f} [{self.low:+z.2f}, {self.high:+z.2f}] (n={self.n})"
 
 
 @dataclass(frozen=True)

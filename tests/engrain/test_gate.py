@@ -23,6 +23,7 @@ from engrain.gate import (
     sizes,
     wilson,
 )
+from memory.effect import Effect
 
 BOOLS = st.lists(st.booleans(), min_size=1, max_size=60)
 
@@ -61,6 +62,12 @@ def test_the_interval_covers_the_truth_as_often_as_it_says(cells) -> None:
         gain = paired_gain(*pairs(*counts))
         covered += gain.low <= truth <= gain.high
     assert 0.935 <= covered / 1500 <= 0.985
+
+
+def test_nothing_is_shown_as_minus_zero() -> None:
+    gain = paired_gain([True] * 300 + [False], [True] * 300 + [False]).model_copy(update={"low": -0.001})
+    assert str(gain).startswith("+0.00 [+0.00, ")
+    assert str(Effect(-1e-17, -0.004, 0.0, 9)) == "+0.00 [+0.00, +0.00] (n=9)"
 
 
 def test_mcnemar_is_exact() -> None:

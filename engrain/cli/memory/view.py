@@ -100,7 +100,7 @@ def effect(row: Item | ItemSummary | ItemEffect) -> str:
     if row.effect is None:
         return ""
     low, high = (row.low, row.high) if isinstance(row, ItemEffect) else (row.effect_low, row.effect_high)
-    return f"{row.effect:+.2f} ({low:+.2f} to {high:+.2f})"
+    return f"{row.effect:+z.2f} ({low:+z.2f} to {high:+z.2f})"
 
 
 def screen() -> Console:
