@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from agent.rollout import RolloutStats
 from distill.monitor import StepMetrics, opening_advice
+from engrain.terminal import printable
 
 
 class ConsoleListener:
@@ -52,12 +53,12 @@ class ConsoleListener:
         if not self.quiet:
             minutes, seconds = divmod(int(time.monotonic() - self._started), 60)
             clock = f"{minutes:02d}:{seconds:02d}"
-            self.console.print(f"[dim]{clock}[/] [bold]{name:<11}[/] {escape(text)}", highlight=False)
+            self.console.print(f"[dim]{clock}[/] [bold]{name:<11}[/] {escape(printable(text))}", highlight=False)
 
     def note(self, text: str) -> None:
         """An indented line."""
         if not self.quiet:
-            self.console.print(f"{'':17} {text}", markup=False, highlight=False, soft_wrap=True)
+            self.console.print(f"{'':17} {printable(text)}", markup=False, highlight=False, soft_wrap=True)
 
     def rollout(self, what: str, stats: RolloutStats) -> None:
         """Episodes done so far."""

@@ -15,7 +15,7 @@ import typer
 
 from agent.errors import vllm_missing
 from agent.models.catalog import CATALOG
-from engrain.cli.faults import printable as printable
+from engrain.terminal import printable as printable
 from envs.errors import UsageError
 from memory.records import CheckpointRecord, Knowledge
 from memory.store import Store

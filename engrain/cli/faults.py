@@ -13,11 +13,6 @@ _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 _ELSEWHERE = "name another place: ENGRAIN_HOME, --store, --out"
 
 
-def printable(value: object) -> str:
-    """Foreign text without what a terminal would obey: control characters become U+FFFD."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in str(value))
-
-
 def explain(error: BaseException) -> tuple[str, int] | None:
     """One line that names what is wrong and what to do, and the exit code; None for a fault of ours.
 

@@ -52,3 +52,13 @@ def test_the_console_gives_the_advice_once() -> None:
         for step in (1, 2, 3):
             listener.step(metrics("reverse_kl", 0.0, step), 3)
     assert output.getvalue().count("forward_kl") == 1
+
+
+def test_what_a_model_or_a_world_wrote_does_not_reach_the_terminal_as_orders() -> None:
+    output = io.StringIO()
+    with ConsoleListener(Console(file=output, width=400)) as listener:
+        listener.note("effect +0.10: press\x1b[2J enter\a")
+        listener.stage("select", "\x1b]0;mine\a with [red]")
+    assert "\x1b" not in output.getvalue()
+    assert "press\ufffd[2J enter\ufffd" in output.getvalue()
+    assert "\ufffd]0;mine\ufffd with [red]" in output.getvalue()
