@@ -6,6 +6,7 @@ import errno
 import sys
 from typing import Any
 
+from engrain.terminal import printable as printable
 from envs.errors import EngrainError
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
