@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.text import Text
 from typer.core import TyperCommand, TyperGroup
 
-from engrain.cli.faults import explain, printable
+from engrain.cli.faults import explain
+from engrain.terminal import printable
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ COMMANDS: dict[str, _Entry] = {
     "distill": _Entry("engrain.cli.distill:command", "Bake a knowledge text into the weights."),
     "play": _Entry("engrain.cli.play:command", "Watch the agent play a world, or play it yourself."),
     "memory": _Entry("engrain.cli.memory:app", "Read what was remembered: episodes, items, knowledge, rounds."),
+    "report": _Entry("engrain.cli.report:command", "Write a round as one HTML file to send to somebody."),
     "ui": _Entry("engrain.cli.ui:command", "Show rounds, items, knowledge and episodes in the browser."),
     "checkpoints": _Entry("engrain.cli.checkpoints:app", "List what training left on disk, and remove what may go."),
     "rollback": _Entry("engrain.cli.rollback:command", "Go back to an earlier promoted checkpoint."),
