@@ -84,7 +84,7 @@ def check_coach(coach: str, find: Callable[[str], Path] = resolve) -> None:
 
 def _on_server(url: str, model: str, patience: float) -> ChatCoach:
     settings = Settings()
-    key = settings.api_key.get_secret_value()
+    key = settings.coach_api_key.get_secret_value()
     return ChatCoach(url, model, api_key=key, timeout=settings.server_timeout, patience=patience)
 
 

@@ -1,4 +1,4 @@
-"""Secrets stay out of logs and stored settings: passwords in URLs, bearer tokens, and the key from the environment."""
+"""Secrets stay out of logs and stored settings: passwords in URLs, bearer tokens, and the keys from the environment."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ _SECRET_KEY = re.compile(r"(?i)(password|passwd|secret|api[_-]?key|authorization
 
 def redact(text: str) -> str:
     """The text with `***` in the place of each secret that can be known as one."""
-    key = Settings().api_key.get_secret_value()
-    if key:
-        text = text.replace(key, HIDDEN)
+    settings = Settings()
+    for key in (settings.api_key.get_secret_value(), settings.coach_api_key.get_secret_value()):
+        if key:
+            text = text.replace(key, HIDDEN)
     text = _IN_URL.sub(rf"\g<scheme>\g<who>:{HIDDEN}@", text)
     text = _BEARER.sub(rf"\1 {HIDDEN}", text)
     return _NAMED.sub(_named, text)

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from urllib.parse import quote
 
-from pydantic import Field, SecretStr, field_validator
+from pydantic import Field, SecretStr, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from envs.errors import UsageError
@@ -33,18 +33,22 @@ class Settings(BaseSettings):
     api_key: SecretStr = SecretStr("")
     """Sent to inference servers as a bearer token. Only read from the environment; never stored or logged."""
 
+    coach_api_key: SecretStr = SecretStr("")
+    """Sent to a coach's server, which may be somebody else's: it never gets `api_key`. Otherwise as that."""
+
     server_patience: float = Field(300.0, ge=0, allow_inf_nan=False)
     """Seconds that a request to an inference server is tried again, for instance while the server starts anew."""
 
     server_timeout: float = Field(600.0, gt=0, allow_inf_nan=False)
     """Seconds that an inference server may take for one completion."""
 
-    @field_validator("api_key")
+    @field_validator("api_key", "coach_api_key")
     @classmethod
-    def _in_a_header(cls, key: SecretStr) -> SecretStr:
+    def _in_a_header(cls, key: SecretStr, info: ValidationInfo) -> SecretStr:
         stripped = key.get_secret_value().strip()
         if not all("!" <= character <= "~" for character in stripped):
-            raise ValueError("a key is printable ASCII without spaces; put nothing else into ENGRAIN_API_KEY")
+            variable = f"ENGRAIN_{str(info.field_name).upper()}"
+            raise ValueError(f"a key is printable ASCII without spaces; put nothing else into {variable}")
         return SecretStr(stripped)
 
     @field_validator("home")

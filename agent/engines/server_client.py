@@ -92,7 +92,10 @@ class Client:
             asked = response.headers.get("Retry-After", "")
             raise AwayError(said, status=status, wait=float(asked) if asked.isdecimal() else 0.0)
         if status in (401, 403):
-            raise ServerRefusedError(f"{url} does not let us in ({said}); put its key in ENGRAIN_API_KEY")
+            raise ServerRefusedError(
+                f"{url} does not let us in ({said}); put its key in ENGRAIN_API_KEY, or a coach's in "
+                "ENGRAIN_COACH_API_KEY"
+            )
         if response.is_redirect:
             raise ServerRefusedError(f"{url} redirects to {response.headers.get('Location')}; give that URL")
         raise RejectedError(status, error_text(response.content))

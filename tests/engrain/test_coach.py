@@ -12,6 +12,7 @@ from agent.episode import Message, SamplingParams
 from agent.errors import ServerFailedError, ServerRefusedError
 from engrain.cli import app
 from engrain.coach import ChatCoach, check_coach, open_coach, parts
+from engrain.redaction import redact
 from memory.curate import admit
 from memory.extract import Extractor
 from memory.prompts import MARKER
@@ -120,11 +121,13 @@ def test_what_cannot_be_a_coach_is_refused_in_a_line(server: ChatServer) -> None
     with pytest.raises(ServerRefusedError, match="refuses"):
         check_coach(server.url.removesuffix("/v1"))
     server.key = "sesame"
-    with pytest.raises(ServerRefusedError, match="ENGRAIN_API_KEY"):
-        check_coach(server.url)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ENGRAIN_API_KEY", "sesame")
+        patch.setenv("ENGRAIN_API_KEY", "sesame")  # that of the players' servers goes to no coach
+        with pytest.raises(ServerRefusedError, match="ENGRAIN_COACH_API_KEY"):
+            check_coach(server.url)
+        patch.setenv("ENGRAIN_COACH_API_KEY", "sesame")
         check_coach(server.url)
+        assert redact("it said sesame") == "it said ***"
 
 
 def test_long_episodes_are_shortened_to_what_the_server_can_read(server: ChatServer) -> None:
