@@ -7,8 +7,10 @@ round trained, and not chosen, have no row; they go as soon as their round is ov
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
@@ -104,16 +106,16 @@ def prune(store: Store, retention: Retention, *, who: str = "engrain") -> None:
     for folder in retention.folders:
         path = Path(folder.path)
         for cut in path.parent.glob(".step-*.removed"):  # one that was killed here
-            shutil.rmtree(cut)
+            _remove(cut)
         if folder.keep:
             continue
         dying = path.with_name(f".{path.name}.removed")
         if folder.checkpoint is not None:
             detail = {"path": folder.path, "bytes": folder.bytes}
             store.note("checkpoint", folder.checkpoint, "pruned", who, folder.reason, detail)
-        if path.exists():
+        with suppress(FileNotFoundError):  # another process was here first
             path.replace(dying)
-            shutil.rmtree(dying)
+            _remove(dying)
 
 
 def _needed(store: Store, records: dict[str, CheckpointRecord]) -> dict[str, str]:
@@ -149,4 +151,16 @@ def _folders(runs: Path) -> Iterator[Path]:
 
 
 def _size(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    """Bytes in a folder; what another process removes meanwhile counts for nothing."""
+    total = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                total += (Path(parent) / name).stat().st_size
+    return total
+
+
+def _remove(folder: Path) -> None:
+    """Delete a folder; one that another process deletes too is left to it."""
+    with suppress(FileNotFoundError):
+        shutil.rmtree(folder)

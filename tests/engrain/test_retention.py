@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -132,3 +133,23 @@ def test_the_command_shows_first_and_removes_then(store: Store, history: dict[st
     bad = CliRunner().invoke(shell.app, [*words[:2], "--disk-budget", "much", *words[4:6]])
     assert bad.exit_code == 2
     assert "'much' is no size" in bad.stderr
+
+
+def test_a_folder_that_goes_while_it_is_looked_at_is_no_fault(
+    store: Store, history: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where `checkpoints prune` runs beside a loop that prunes as well."""
+    stat, gone = Path.stat, history["a-left"] / "adapter_model.safetensors"
+
+    def racing(path: Path, **options: Any) -> Any:
+        if path == gone:
+            path.unlink(missing_ok=True)
+        return stat(path, **options)
+
+    monkeypatch.setattr(Path, "stat", racing)
+    found = plan(store, keep=0)
+    monkeypatch.undo()
+    assert next(f.bytes for f in found.folders if f.path == str(history["a-left"])) == 2
+    shutil.rmtree(history["e"])
+    prune(store, found)
+    assert not history["f"].exists()
