@@ -104,6 +104,7 @@ def command(
     from agent.engines.transformers import TransformersEngine
     from agent.rollout import play
     from distill.config import DistillConfig, LoraSettings
+    from distill.monitor import StepMetrics
     from engrain.console import ConsoleListener
     from engrain.consolidate import consolidate, dismiss
     from engrain.runs import begin_run, finish_run, keep_episode
@@ -176,6 +177,10 @@ def command(
                     memory, identity, config, model=model, knowledge=kept, folder=out, parent=start, given=job
                 )
 
+            def step_over(metrics: StepMetrics) -> None:
+                memory.settle()  # before a checkpoint of this step is: no weights without their episodes
+                listener.step(metrics, steps)
+
             what = "episodes" if stored is None else f"replies in {len(stored)} stored episodes"
             listener.stage("consolidate", f"{method}, {config.objective}, {steps} steps of {batch_size} {what}")
             fit = consolidate(
@@ -185,7 +190,7 @@ def command(
                 config,
                 out,
                 parent=start,
-                on_step=lambda metrics: listener.step(metrics, steps),
+                on_step=step_over,
                 validate=validate if held_out else None,
                 # With stored episodes none is added: what a run learns from must not change when it is taken up again.
                 on_episode=(lambda episode: keep_episode(memory, run(), episode)) if stored is None else None,
