@@ -188,9 +188,9 @@ def _home() -> Iterator[Check]:
 
 
 def _store() -> Iterator[Check]:
-    from memory.store import Store
+    from engrain.cli.common import open_store  # as every command opens it, the password's file included
 
-    with Store.open(settings.default_store_url()) as store:
+    with open_store(None) as store:
         yield Check("store", Status.OK, f"{store.url}, {store.counts()['episode']} episodes")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from agent.episode import StopReason
 from engrain import forever
 from engrain.arrivals import arrivals
+from engrain.cli import doctor
 from engrain.config import ImproveConfig, WorldSpec
 from engrain.errors import LoopReplacedError, RoundConflictError
 from engrain.forever import Schedule, Series, advanced, run_forever, seconds, size
@@ -246,3 +248,19 @@ def test_a_password_from_a_file_joins_a_url_that_has_none(tmp_path: Any, monkeyp
     file.unlink()
     with pytest.raises(UsageError, match=r"ENGRAIN_STORE_PASSWORD_FILE: .*secret cannot be read"):
         with_password(plain)
+
+
+def test_the_doctor_opens_the_store_as_every_command_does(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("p w")
+    monkeypatch.setenv("ENGRAIN_STORE", "postgresql://ada@127.0.0.1:1/db")
+    monkeypatch.setenv("ENGRAIN_STORE_PASSWORD_FILE", str(tmp_path / "secret"))
+    opened: list[str] = []
+
+    def refuse(url: str, **_: object) -> Store:
+        opened.append(url)
+        raise UsageError("nobody is there")
+
+    monkeypatch.setattr(Store, "open", refuse)
+    with pytest.raises(UsageError):
+        list(doctor._store())
+    assert opened == ["postgresql://ada:p%20w@127.0.0.1:1/db"]
