@@ -11,8 +11,8 @@ from fastapi import Depends, Request
 from fastapi.responses import HTMLResponse
 from markupsafe import Markup
 
-from engrain.cli.faults import printable
 from engrain.cli.memory.view import effect, short, time
+from engrain.terminal import printable
 from engrain.ui.access import Access
 from memory.errors import UnknownIdError
 from memory.records import Knowledge, RoundRecord
