@@ -71,13 +71,13 @@ def _serve(requests: IO[bytes], replies: IO[bytes], target: str) -> None:
         try:
             if "home" in request:
                 os.environ["ENGRAIN_HOME"] = request["home"]
-            answer = games.answer(request)
+            answer = json.dumps(games.answer(request))
         except EngrainError as error:
-            answer = {"error": str(error)}
-        except (Exception, SystemExit) as error:  # whatever an env raises costs its episode, not this process
-            answer = {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"}
+            answer = json.dumps({"error": str(error)})
+        except (Exception, SystemExit) as error:  # whatever an env raises or says costs its episode, not this process
+            answer = json.dumps({"error": f"{type(error).__name__}: {' '.join(str(error).split())}"})
         signal.setitimer(signal.ITIMER_REAL, 0)
-        replies.write(json.dumps(answer).encode() + b"\n")
+        replies.write(answer.encode() + b"\n")
         replies.flush()
 
 

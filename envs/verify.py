@@ -70,10 +70,12 @@ class _Worker:
     def _line(self, seconds: float) -> bytes:
         descriptor = self._replies.fileno()
         deadline = time.monotonic() + seconds
+        ready = select.poll()  # `select.select` knows no descriptor from 1024 on, and many connections may be open
+        ready.register(descriptor, select.POLLIN)
         line = b""
         while not line.endswith(b"\n"):
             left = deadline - time.monotonic()
-            if left <= 0 or not select.select([descriptor], [], [], left)[0]:
+            if left <= 0 or not ready.poll(1000 * left):
                 return b""
             piece = os.read(descriptor, 64)
             if not piece:

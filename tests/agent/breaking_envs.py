@@ -13,6 +13,13 @@ from envs.base import Env, Observation, Step, Task
 from envs.errors import EnvFailedError
 
 
+class _NoText(str):
+    """Becomes something that is no JSON when it is joined to a text."""
+
+    def __radd__(self, other: str) -> object:
+        return object()
+
+
 class Breaking(Env):
     """Says back what it hears for `turns` turns, and does at turn `at` what `does` says."""
 
@@ -65,6 +72,8 @@ class Breaking(Env):
                 raise RuntimeError("went\nwrong")
             case "fail":
                 raise EnvFailedError("a fault of the world")
+            case "no text":
+                return _NoText()
             case "chatter":
                 os.write(1, b"{}\n" * 1000)
                 print("{}", flush=True)

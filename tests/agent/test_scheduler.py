@@ -259,9 +259,15 @@ def test_games_can_be_added_while_it_serves(tiny_tokenizer: Any) -> None:
 def test_worker_processes_play_what_threads_play(engine: Calls, workers: Workers, tmp_path: Path) -> None:
     tasks = [*tasks_of(5, closes=str(tmp_path / "closed")), *tasks_of(1, 9, does="raise", at=2)]
     tasks += [*tasks_of(1, 10, does="fail", at=0), *tasks_of(1, 11, does="exit", at=1)]
+    tasks += tasks_of(1, 12, does="no text", at=1)
     episodes = run(tasks, engine, processes=workers, seed=1)
-    assert [e.stop_reason for e in episodes] == [StopReason.DONE] * 5 + [StopReason.ERROR] * 3
-    assert [e.error for e in episodes[5:]] == ["RuntimeError: went wrong", "a fault of the world", "SystemExit: enough"]
+    assert [e.stop_reason for e in episodes] == [StopReason.DONE] * 5 + [StopReason.ERROR] * 4
+    assert "object is not JSON serializable" in str(episodes[8].error)
+    assert [e.error for e in episodes[5:8]] == [
+        "RuntimeError: went wrong",
+        "a fault of the world",
+        "SystemExit: enough",
+    ]
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline and len((tmp_path / "closed").read_text().split()) < 5:
         time.sleep(0.02)

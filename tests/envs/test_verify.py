@@ -1,4 +1,5 @@
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -95,3 +96,21 @@ def test_plain_numbers_import_no_algebra():
 
 def test_shared_checker_is_one():
     assert shared_checker() is shared_checker()
+
+
+def test_a_process_with_many_open_files_checks_too():
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 1200:
+        pytest.skip("so many files may not be open here")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 1200), hard))
+    held = [os.dup(0)]
+    made = AnswerChecker()
+    try:
+        while held[-1] < 1024:
+            held.append(os.dup(0))
+        assert made.equal("a+b", "b+a")
+    finally:
+        for descriptor in held:
+            os.close(descriptor)
+        made.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
