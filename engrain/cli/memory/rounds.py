@@ -132,14 +132,15 @@ def bars(scores: Sequence[RoundScores]) -> Group:
     """The learning curve as bars: accuracy on test tasks, with the 95% interval drawn behind it."""
     lines: list[str] = ["[bold]accuracy on test tasks[/bold], 95% interval in dots"]
     for row in scores:
-        for place, name in enumerate(MEASURES):
+        label = f"round {row.round.number}"
+        for name in MEASURES:
             if (score := row.scores.get(name)) is None:
                 continue
             filled, low, high = (round(_WIDTH * value) for value in (score.accuracy, score.low, score.high))
             cells = ["█" if i < filled else "·" if low <= i < high else " " for i in range(_WIDTH)]
-            label = f"round {row.round.number}" if not place or not lines else ""
             promoted = " promoted" if name == "distilled" and row.promoted else ""
             lines.append(f"{label:>10}  {name:<10} [{_STYLE[name]}]{''.join(cells)}[/] {score.accuracy:.2f}{promoted}")
+            label = ""
     return Group(*lines)
 
 

@@ -25,7 +25,6 @@ from engrain.cli.memory.view import (
     opened,
     paged,
     print_json,
-    short,
     table,
 )
 from envs.errors import UsageError
@@ -253,6 +252,3 @@ def _share(part: int, whole: int) -> str:
 
 def _say(text: str) -> None:
     Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-__all__ = ["export", "forget", "import_", "short", "stats", "verify"]
