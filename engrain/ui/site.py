@@ -40,7 +40,7 @@ class Site:
         self._templates.filters.update(time=time, effect=effect, short=short, step=_step, number=_number)
         self._templates.globals.update(query=_query)
 
-    def page(self, template: str, status: int = 200, **values: Any) -> HTMLResponse:
+    def page(self, template: str, status: int = 200, /, **values: Any) -> HTMLResponse:
         """A page of these values."""
         html = self._templates.get_template(template).render(csrf=self.access.csrf, **values)
         return HTMLResponse(html.encode("utf-8", "replace"), status)
