@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -35,6 +36,7 @@ from engrain.cli.common import (
 )
 from engrain.cli.common import world_options as parse_options
 from engrain.cli.launched import TrackOption, joined
+from engrain.cli.planned import show_plan
 from engrain.cli.reporting import HostOption, LogOption, PortOption, news
 from envs.errors import UsageError
 
@@ -50,7 +52,9 @@ def command(
     demo: Annotated[
         bool, typer.Option("--demo", help="The demo's world and settings: about ten minutes, 2 cores.")
     ] = False,
-    config: Annotated[Path | None, typer.Option("--config", help="JSON file with all settings of the round.")] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", help="JSON or TOML file with all settings of the round.")
+    ] = None,
     extraction: Annotated[
         str | None, typer.Option(help="How episodes are read: examples, paper or contrastive.")
     ] = None,
@@ -88,6 +92,9 @@ def command(
     ] = None,
     keep: KeepOption = 3,
     disk_budget: BudgetOption = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check the settings, estimate memory and time, and change nothing.")
+    ] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Give up an unfinished round instead of going on.")] = False,
     store: StoreOption = None,
     out: Annotated[
@@ -154,6 +161,9 @@ def command(
         if count is not None:
             settings["evaluation"][name] = count
     chosen = ImproveConfig.model_validate(settings)
+    if dry_run:
+        show_plan(chosen, as_json=as_json)
+        return
     RoundTasks.draw(chosen)  # before a round is opened or a model is loaded
     writable_folder(out or runs_dir(), "--out" if out else "ENGRAIN_HOME")
     if joined(chosen.model, chosen.distill.teacher, track):
@@ -288,4 +298,9 @@ def _read(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--config {path} cannot be read: {error}") from error
+    if path.suffix.lower() == ".toml":
+        try:
+            return ImproveConfig.model_validate(tomllib.loads(text)).model_dump(mode="json")
+        except tomllib.TOMLDecodeError as error:
+            raise UsageError(f"--config {path} is not TOML: {error}") from error
     return ImproveConfig.model_validate_json(text).model_dump(mode="json")

@@ -21,6 +21,7 @@ from engrain import svg
 from engrain.gate import Rate
 from engrain.page.facts import ReportPage
 from engrain.page.words import counted, gained, options, rated
+from engrain.terminal import printable
 from envs.errors import UsageError
 
 _HERE = Path(__file__).parent
@@ -83,11 +84,9 @@ def write(text: str, path: Path, *, force: bool) -> None:
         Path(draft).unlink(missing_ok=True)
 
 
-def printable(value: Any) -> Any:
+def shown(value: Any) -> Any:
     """Text without control characters, such as those that turn the direction of writing; other values as they are."""
-    if not isinstance(value, str) or isinstance(value, Markup):
-        return value
-    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in value)
+    return value if isinstance(value, Markup) or not isinstance(value, str) else printable(value)
 
 
 def _environment() -> Environment:
@@ -95,7 +94,7 @@ def _environment() -> Environment:
         loader=FileSystemLoader(_HERE),
         autoescape=True,
         undefined=StrictUndefined,
-        finalize=printable,
+        finalize=shown,
         trim_blocks=True,
         lstrip_blocks=True,
     )
