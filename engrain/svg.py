@@ -36,7 +36,7 @@ CSS = """
 .chart .line.s2 { stroke-dasharray: 2 3; }
 .chart .line.s3 { stroke-dasharray: 9 3 2 3; }
 .chart .line { fill: none; }
-@media (prefers-color-scheme: dark) and (not print) {
+@media screen and (prefers-color-scheme: dark) {
   .chart { --s0: #63b9d6; --s1: #f0a04b; --s2: #b0b0b0; --s3: #d78cbb; }
 }
 """

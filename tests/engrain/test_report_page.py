@@ -336,7 +336,7 @@ def test_the_policy_allows_the_files_own_styles_and_nothing_else(book: Book) -> 
     assert policy == f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
     assert "url(" not in style
     assert "@import" not in style
-    assert "prefers-color-scheme: dark" in style
+    assert style.count("@media screen and (prefers-color-scheme: dark)") == 2  # the page and its charts; paper is light
     assert "@media print" in style
 
 
