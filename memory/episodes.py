@@ -173,9 +173,9 @@ def _listing(
     **filters: Any,
 ) -> sa.Select[Any]:
     if before is not None:
-        mark = sa.select(EpisodeRow.started_at, EpisodeRow.id).where(EpisodeRow.id == before).subquery("mark")
-        query = query.join(mark, sa.true())
-        query = query.where(sa.tuple_(EpisodeRow.started_at, EpisodeRow.id) < sa.tuple_(mark.c.started_at, mark.c.id))
+        # one value, not a joined row: PostgreSQL then reads on in the index's order and sorts nothing
+        began = sa.select(EpisodeRow.started_at).where(EpisodeRow.id == before).scalar_subquery()
+        query = query.where(sa.tuple_(EpisodeRow.started_at, EpisodeRow.id) < sa.tuple_(began, sa.literal(before)))
     for name, value in filters.items():
         if name not in ("env", "split", "checkpoint", "knowledge", "round_id", "stage", "success", "run_id"):
             raise TypeError(f"episodes have no filter {name!r}")
