@@ -63,6 +63,7 @@ def _listen(host: str, port: int) -> socket.socket:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         if ipaddress.ip_address(str(address[0]).partition("%")[0]).is_unspecified:
             raise UsageError(f"--host {host} is no address that people open; name the one that they will use")
+        # With its protocol named, or answers wait 40 ms for each other (Nagle): asyncio turns that off only then.
         listening = socket.socket(family, kind, protocol)
     except (OSError, UnicodeError) as error:
         raise UsageError(f"--host {host} is no address of this machine: {error}; leave it out for loopback") from error

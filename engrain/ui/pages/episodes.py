@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query
@@ -74,5 +75,9 @@ def _parts(world: str) -> tuple[str | None, str | None]:
 
 def _any(tallies: list[Tally], env: str | None, split: str | None, success: bool | None) -> bool:
     """Whether there is an episode of this world with this outcome."""
-    counts = {None: lambda t: t.episodes, True: lambda t: t.solved, False: lambda t: t.episodes - t.solved}
+    counts: dict[bool | None, Callable[[Tally], int]] = {
+        None: lambda t: t.episodes,
+        True: lambda t: t.solved,
+        False: lambda t: t.episodes - t.solved,
+    }
     return any(counts[success](t) for t in tallies if env in (None, t.env) and split in (None, t.split))
