@@ -171,12 +171,16 @@ def _files() -> str:
 COMMANDS_OF = {
     "demo": "engrain improve --demo",
     "demo_reverse_kl": "engrain improve --demo --objective reverse_kl",
-    "divergence": "python benchmarks/divergence.py --positions 1024 --repeats 1",
+    "divergence": "python benchmarks/divergence.py --naive-positions 2048 --repeats 1",
+    "extraction": "python benchmarks/extraction.py",
     "opcd_step": "python benchmarks/opcd_step.py --repeats 2 --modes full_logits",
+    "opcd_step_topk": "python benchmarks/opcd_step.py --repeats 2 --knowledge 512 2048 --modes topk_logits",
     "recovery": "python benchmarks/recovery.py",
     "rollout": "python benchmarks/rollout.py",
     "rounds": "python benchmarks/rounds.py",
+    "sampling": "python benchmarks/sampling.py --repeats 3",
     "scaling": "python benchmarks/scaling.py",
+    "store": "python benchmarks/store.py",
 }
 
 TABLES = {
