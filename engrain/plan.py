@@ -38,6 +38,7 @@ from engrain.rounds import RoundTasks
 from engrain.shapes import Shape, shape_of
 from envs import registry
 from envs.errors import EngrainError
+from envs.options import is_file
 
 UTILISATION = 0.3  # of the peak; a guess, not a measurement
 ROWS, ROW_TOKENS = 64, 131_072  # that the transformers engine samples side by side
@@ -146,7 +147,8 @@ def plan(config: ImproveConfig) -> Plan:
 def _turns(config: ImproveConfig, unchecked: list[str]) -> int:
     """Most replies of an episode; tasks are drawn where the world's files are here."""
     specs = [config.world, *config.evaluation.ood]
-    absent = {str(s.options["data"]) for s in specs if "data" in s.options and not Path(s.options["data"]).is_file()}
+    named = {str(spec.options["data"]) for spec in specs if "data" in spec.options}
+    absent = {name for name in named if not is_file(Path(name))}
     if not absent:
         tasks = RoundTasks.draw(config)
         try:
