@@ -326,10 +326,14 @@ def test_a_slow_env_does_not_hold_up_those_in_its_process(engine: Calls, workers
     assert order[-1] == 99
 
 
-def test_an_env_that_does_not_go_the_same_way_again_fails(engine: Calls, workers: Workers) -> None:
+def test_an_env_that_does_not_go_the_same_way_again_fails(engine: Calls, here: str) -> None:
     drifting = tasks_of(4, 20, does="drift", at=99, turns=6, wait=0.1)
     crashing = tasks_of(2, does="kill", at=3, turns=6, wait=0.1)
-    episodes = run([*drifting, *crashing], engine, processes=workers)
+    alone = Workers(1, "breaking_envs:make")  # all in one process, so that a crash hits envs that are under way
+    try:
+        episodes = run([*drifting, *crashing], engine, processes=alone)
+    finally:
+        alone.close()
     lost = [e for e in episodes[:4] if e.error]
     assert lost
     assert all("went another way" in (e.error or "") for e in lost)
