@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import select
+import signal
 import struct
 import subprocess
 import sys
@@ -24,6 +25,11 @@ _ESCAPE = re.compile(r"\x1b(\[[0-9;?]*[A-Za-z]|\][^\x07]*\x07|[=>])")
 _COLOUR = re.compile(r"\x1b\[[0-9;]*3[0-9]m")
 _MOVES = re.compile(r"\x1b(\[[0-9;]*[ABCDEFGHJKSTf]|[78M])")
 _BOXES = re.compile("[\u2500-\u259f]")
+
+
+def _at_a_terminal() -> None:
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # tests that run in a shell's background inherit that it is ignored
 
 
 class Terminal:
@@ -44,7 +50,7 @@ class Terminal:
             cwd=root,
             env={**names, "PYTHONPATH": root, "TERM": "xterm-256color", **environment},
             start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+            preexec_fn=_at_a_terminal,
         )
         os.close(slave)
         self.shown, self.seen = "", 0
