@@ -181,6 +181,7 @@ COMMANDS_OF = {
     "sampling": "python benchmarks/sampling.py --repeats 3",
     "scaling": "python benchmarks/scaling.py",
     "store": "python benchmarks/store.py",
+    "ui": "python benchmarks/ui.py",
 }
 
 TABLES = {
