@@ -16,8 +16,8 @@ PACKAGES = ("agent", "memory", "distill", "envs", "engrain")
 FILES = sorted(file for package in PACKAGES for file in (ROOT / package).rglob("*.py"))
 
 #: Rules of ruff's that may be waived in a line, and how often at most. assert; a subprocess without a shell; random
-#: numbers that are no secrets; a text that looks like a password; SQL from constants of ours, such as table names; markup
-#: that is a file of ours or was escaped.
+#: numbers that are no secrets; a text that looks like a password; SQL from constants of ours, such as table names;
+#: markup that is a file of ours or was escaped.
 WAIVED = {"S101": 40, "S603": 8, "S311": 10, "S105": 3, "S608": 8, "S704": 2}
 
 FORBIDDEN_IMPORTS = {"pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal", "jsonpickle", "joblib"}
