@@ -178,7 +178,7 @@ COMMANDS_OF = {
     "recovery": "python benchmarks/recovery.py",
     "rollout": "python benchmarks/rollout.py",
     "rounds": "python benchmarks/rounds.py",
-    "sampling": "python benchmarks/sampling.py --repeats 3",
+    "sampling": "python benchmarks/sampling.py --models smollm2-135m --repeats 1",
     "scaling": "python benchmarks/scaling.py",
     "store": "python benchmarks/store.py",
     "ui": "python benchmarks/ui.py",
