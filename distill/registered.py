@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from distill.errors import DistillConfigError
-from envs.errors import BadPluginError
 from envs.plugins import Plugins
 
 if TYPE_CHECKING:
@@ -78,7 +77,4 @@ def own_objective(name: str) -> Divergence:
         DistillConfigError: there is none of that name; the message lists the known ones.
         BadPluginError: it does not import, or is no function.
     """
-    found = OBJECTIVES.find(known_objective(name))
-    if not callable(found):
-        raise BadPluginError(f"objective {name!r}: {found!r} is not a function")
-    return found  # type: ignore[no-any-return]
+    return OBJECTIVES.function(known_objective(name))  # type: ignore[no-any-return]

@@ -72,3 +72,14 @@ class Plugins:
             if self._here.get(name) is self._loaded[name]:  # its module registers it too; it is an installed part
                 del self._here[name]
         return self._loaded[name]
+
+    def function(self, name: str) -> Any:
+        """The part of that name, which must be a function.
+
+        Raises:
+            BadPluginError: it does not import, or is no function.
+        """
+        part = self.find(name)
+        if not callable(part):
+            raise BadPluginError(f"{self.what} {name!r}: {part!r} is not a function")
+        return part

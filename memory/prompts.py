@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from agent.episode import Message
-from envs.errors import BadPluginError, UsageError
+from envs.errors import UsageError
 from envs.plugins import Plugins
 
 MODES = ("paper", "examples", "contrastive")
@@ -100,10 +100,7 @@ def own_prompt(mode: str) -> Prompt | None:
     """
     if known_mode(mode) in MODES:
         return None
-    prompt = PROMPTS.find(mode)
-    if not callable(prompt):
-        raise BadPluginError(f"extraction prompt {mode!r}: {prompt!r} is not a function")
-    return prompt  # type: ignore[no-any-return]
+    return PROMPTS.function(mode)  # type: ignore[no-any-return]
 
 
 def fence(record: str) -> str:
