@@ -1,6 +1,8 @@
 """What is watched in every step, and when training must stop before it does harm.
 
-Self-distillation can collapse (arXiv 2606.04703): responses shorten, entropy falls, the KL climbs. The guard compares
+Self-distillation can collapse (arXiv 2606.04703): responses shorten, entropy falls, the KL climbs; or the student comes
+apart, and its entropy rises above where it and its teacher began (round 3 of docs/results/rounds.json: from 0.99 to 1.32
+nats while accuracy elsewhere went to 0; in the three healthy rounds to at most 1.10 of its start). The guard compares
 each step with the first ones of the run and stops on the bounds a configuration sets; the trainer then keeps the best
 checkpoint by validation.
 """
@@ -78,6 +80,9 @@ def opening_advice(metrics: StepMetrics, floor: float = 0.05) -> str | None:
     )
 
 
+#: Nats by which the entropy may rise whatever the ratio says: of a student that begins sure of every token a quarter of
+#: nearly nothing is noise, and learning another form opens a token or two for a while.
+_SLACK = 0.25
 _WATCHED = ("student_entropy", "response_tokens", "distinct_2")
 
 
@@ -88,6 +93,9 @@ class GuardConfig(BaseModel):
 
     warmup_steps: int = Field(5, ge=1, description="steps whose mean is the reference of the ratios below")
     min_entropy_ratio: float | None = Field(0.1, description="of the reference or the teacher's entropy, the lower")
+    max_entropy_ratio: float | None = Field(
+        1.25, gt=1, description="mean of two steps, of the first step's or the teacher's entropy there, the higher"
+    )
     min_length_ratio: float | None = Field(0.1, description="of the reference response length")
     max_length_ratio: float | None = Field(4.0, description="of the reference response length")
     min_distinct_ratio: float | None = Field(0.2, description="of the reference distinct-2")
@@ -114,6 +122,13 @@ class Guard:
                 return f"the divergence rose {config.rising_steps} steps in a row, to {metrics.divergence:.3g} nats"
         if len(self._seen) <= config.warmup_steps:
             return None
+        if config.max_entropy_ratio is not None:
+            # the teacher reads what the student wrote: once that comes apart, its own entropy is no measure any more
+            began = max(first[0].student_entropy, first[0].teacher_entropy)
+            bound = max(config.max_entropy_ratio * began, began + _SLACK)
+            latest = sum(m.student_entropy for m in self._seen[-2:]) / 2
+            if latest > bound:
+                return f"student_entropy rose above {bound:.3g} from {began:.3g}, to {latest:.3g} at step {metrics.step}"
         start = {name: sum(getattr(m, name) for m in first) / len(first) for name in _WATCHED}
         # a student may well grow as sure as its teacher is; only below that is it a collapse
         start["student_entropy"] = min(start["student_entropy"], metrics.teacher_entropy)

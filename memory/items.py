@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import sqlalchemy as sa
 
+from envs.errors import UsageError
 from memory.database import Database, chunks
 from memory.errors import UnknownIdError
 from memory.normalise import item_id
@@ -217,7 +218,10 @@ class ItemTable(Database):
 
         Raises:
             UnknownIdError: one of them is not stored.
+            UsageError: they are one item.
         """
+        if duplicate == into:
+            raise UsageError(f"item {into} cannot be merged into itself; name the item that says the same")
         with self._write() as connection:
             if connection.scalar(sa.select(ItemRow.id).where(ItemRow.id == into)) is None:
                 raise UnknownIdError(f"no item {into!r} in {self.url}")

@@ -1,13 +1,15 @@
 """A whole store out to files and back: JSON lines for people and pipes, Parquet for data frames. Exact both ways.
 
-Rows come table by table, parents first. A store that is read in again keeps what it has: rows whose id is taken are
-left alone, and rounds and knowledge versions whose number is taken get the next one.
+Rows come table by table, those that others refer to first. A store that is read in again keeps what it has: rows whose
+id is taken are left alone, and rounds and knowledge versions whose number is taken get the next one.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TextIO
@@ -35,6 +37,7 @@ from memory.schema import Base, EpisodeRow, EventRow, ItemRow, KnowledgeRow, Lea
 from memory.tallies import Changes, TallyTable, changes_by
 
 HEADER = "engrain"  # the key of the first line, and of `store.json` beside Parquet files
+_HEAD = "store.json"
 _BATCH = 500
 _TABLES: dict[str, type[Base]] = {mapper.class_.__tablename__: mapper.class_ for mapper in Base.registry.mappers}
 _LEFT_OUT = (LeaseRow.__tablename__, TallyRow.__tablename__)  # of the moment, and what follows from the rest
@@ -71,24 +74,26 @@ class TransferTable(TallyTable):
         return dict(header["rows"])
 
     def export_parquet(self, folder: Path, progress: Progress | None = None) -> dict[str, int]:
-        """Write the whole store as one Parquet file a table, with `store.json` beside them. Returns rows by table."""
+        """Write the whole store as one Parquet file a table, with `store.json` beside them. Returns rows by table.
+
+        An export that fails leaves nothing behind, and a folder that was there as it was.
+        """
         import pyarrow as pa
         from pyarrow import parquet
 
-        folder.mkdir(parents=True, exist_ok=True)
-        with self._snapshot() as connection:
+        with _draft(folder) as draft, self._snapshot() as connection:
             header = self._header(connection)
             for name in _ORDER:
                 schema = pa.schema(
                     [(column.name, _arrow_type(column)) for column in Base.metadata.tables[name].columns]
                 )
-                with parquet.ParquetWriter(folder / f"{name}.parquet", schema, compression="zstd") as writer:
+                with parquet.ParquetWriter(draft / f"{name}.parquet", schema, compression="zstd") as writer:
                     for rows in self._export(connection, name):
                         flat = [_for_parquet(name, _jsonable(row)) for row in rows]
                         writer.write_table(pa.Table.from_pylist(flat, schema=schema))
                         if progress:
                             progress(name, len(rows))
-        (folder / "store.json").write_text(json.dumps({HEADER: header}, indent=2) + "\n")
+            (draft / _HEAD).write_text(json.dumps({HEADER: header}, indent=2) + "\n")
         return dict(header["rows"])
 
     def import_jsonl(self, file: Iterable[str], progress: Progress | None = None) -> dict[str, int]:
@@ -108,7 +113,7 @@ class TransferTable(TallyTable):
             BadStoreError: no such folder, or written by a newer version.
         """
         try:
-            header = self._check_header((folder / "store.json").read_text())
+            header = self._check_header((folder / _HEAD).read_text())
         except OSError as error:
             raise BadStoreError(f"{folder} holds no exported store: {error}") from None
         return self._import(header, _read_parquet(folder), progress)
@@ -129,7 +134,7 @@ class TransferTable(TallyTable):
 
     def _export(self, connection: sa.Connection, name: str) -> Iterator[list[Row]]:
         table = Base.metadata.tables[name]
-        order = [table.c.version] if name == "knowledge" else list(table.primary_key.columns)  # parents come first
+        order = [table.c.version] if name == "knowledge" else list(table.primary_key.columns)
         found = connection.execute(sa.select(table).order_by(*order).execution_options(yield_per=_BATCH))
         for rows in found.mappings().partitions():
             yield [dict(row) for row in rows]
@@ -154,6 +159,7 @@ class TransferTable(TallyTable):
         seen: dict[str, int] = dict.fromkeys(_ORDER, 0)
         new: dict[str, int] = dict.fromkeys(_ORDER, 0)
         changes: Changes = {}
+        parents: dict[str, str] = {}
         with self._write() as connection:
             self._one_at_a_time(connection)
             fresh_log = connection.scalar(sa.select(EventRow.id).limit(1)) is None
@@ -162,7 +168,7 @@ class TransferTable(TallyTable):
                 if name == "events":
                     new[name] += self._import_events(connection, rows, fresh_log)
                 else:
-                    new[name] += self._import_rows(connection, name, rows, changes)
+                    new[name] += self._import_rows(connection, name, rows, changes, parents)
                 if progress:
                     progress(name, len(rows))
             if missing := {name: count for name, count in header["rows"].items() if seen.get(name) != count}:
@@ -171,13 +177,18 @@ class TransferTable(TallyTable):
                     f"the file is cut off: it should hold {count} rows of {name} and holds {seen.get(name, 0)}; "
                     "nothing was imported"
                 )
-            self._after_import(connection)
+            self._after_import(connection, parents)
             self._tally(connection, changes)
         return new
 
-    def _import_rows(self, connection: sa.Connection, name: str, rows: list[Row], changes: Changes) -> int:
+    def _import_rows(
+        self, connection: sa.Connection, name: str, rows: list[Row], changes: Changes, parents: dict[str, str]
+    ) -> int:
         if name in ("rounds", "knowledge"):
             rows = self._renumbered(connection, RoundRow if name == "rounds" else KnowledgeRow, rows)
+        if name == "knowledge":  # a version may have a lower number than its parent, where that one got another
+            parents |= {row["id"]: row["parent"] for row in rows if row["parent"] is not None}
+            rows = [{**row, "parent": None} for row in rows]
         if name == "episodes":
             added = self._insert_new(connection, EpisodeRow, rows)
             first = {row["id"]: row for row in reversed(rows)}  # in a file that says one twice, the first is kept
@@ -211,12 +222,37 @@ class TransferTable(TallyTable):
             connection.execute(sa.insert(EventRow), plain)
         return len(fresh)
 
-    def _after_import(self, connection: sa.Connection) -> None:
+    def _after_import(self, connection: sa.Connection, parents: Mapping[str, str]) -> None:
+        if parents:
+            own = sa.update(KnowledgeRow).where(KnowledgeRow.id == sa.bindparam("child"))
+            pairs = [{"child": child, "above": parent} for child, parent in parents.items()]
+            connection.execute(own.values(parent=sa.bindparam("above")), pairs)
         count_support(connection, connection.execute(sa.select(ItemRow.id)).scalars().all())
         if self._engine.dialect.name == "postgresql":
             last = sa.select(sa.func.max(EventRow.id)).scalar_subquery()
             sequence = sa.func.pg_get_serial_sequence("events", "id")
             connection.execute(sa.select(sa.func.setval(sequence, sa.func.coalesce(last, 1))))
+
+
+@contextmanager
+def _draft(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which takes the place of `folder` at the end; into one that is there its files move one by one,
+    `store.json` last: without it no export is read."""
+    folder = folder.resolve()
+    there = folder.is_dir()
+    draft = folder / ".part" if there else folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(draft, ignore_errors=True)  # of a process that was killed
+    draft.mkdir(parents=True)
+    try:
+        yield draft
+        if there:
+            (folder / _HEAD).unlink(missing_ok=True)
+            for file in sorted(draft.iterdir(), key=lambda file: file.name == _HEAD):
+                file.replace(folder / file.name)
+        else:
+            draft.replace(folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
 
 
 def _batches(tables: Iterable[tuple[str, Row]]) -> Iterator[tuple[str, list[Row]]]:

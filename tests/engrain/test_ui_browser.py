@@ -191,7 +191,7 @@ def test_a_keyboard_is_enough_to_retire_and_restore_an_item(page: Any, served: S
         page.focus(f"text={label} …")
         keys.press("Enter")
         page.wait_for_url(f"**/{label.lower()}")
-        assert page.evaluate("document.activeElement.name") == "why"
+        page.wait_for_function("document.activeElement.name === 'why'")  # autofocus comes after the address
         keys.type(f"{label} by keyboard")
         keys.press("Enter")
         page.wait_for_url(f"**/items/{item_id(LESSONS[0])}")

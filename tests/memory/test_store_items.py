@@ -1,5 +1,6 @@
 import pytest
 
+from envs.errors import UsageError
 from memory.errors import UnknownIdError
 from memory.normalise import item_id
 from memory.records import Extraction, ItemEffect, ItemStatus
@@ -107,6 +108,13 @@ def test_a_merged_item_can_be_restored(store, make_episode):
     with pytest.raises(UnknownIdError):
         store.merge_items(one, "nope", "ada", "")
     assert store.item(one).status is ItemStatus.ACTIVE
+
+
+def test_an_item_is_not_merged_into_itself(store):
+    item = store.add_item("Knock first.")
+    with pytest.raises(UsageError, match=f"{item.id} cannot be merged into itself"):
+        store.merge_items(item.id, item.id, "ada", "the same, is it not")
+    assert store.item(item.id) == item
 
 
 def test_an_edited_item_takes_the_place_of_the_old_one(store, make_episode):

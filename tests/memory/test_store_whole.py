@@ -250,6 +250,60 @@ def test_two_stores_become_one(store, tmp_path, make_episode):
     assert list(store.verify()) == []
 
 
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_a_version_below_its_parent_goes_out_and_comes_back(store, tmp_path, form):
+    """Numbers with gaps: the parent's number is taken and it gets the next one, the child's is free and it keeps it."""
+
+    def move(giver, taker, name):
+        if form == "parquet":
+            giver.export_parquet(tmp_path / name)
+            return taker.import_parquet(tmp_path / name)
+        file = io.StringIO()
+        giver.export_jsonl(file)
+        file.seek(0)
+        return taker.import_jsonl(file)
+
+    with Store.open(str(tmp_path / "other.db")) as other, Store.open(str(tmp_path / "third.db")) as third:
+        parent = version(other, None, "Knock first.")
+        between = version(other, None, "Ring the bell.")
+        child = version(other, None, "Knock twice.", parent=parent.id)
+        other.forget("item", between.items[0].id, "ada", "")
+        taken = [version(store, None, f"Rule {number}.") for number in range(1, 5)]
+        for middle in taken[1:3]:
+            store.forget("item", middle.items[0].id, "ada", "")
+        assert [k.version for k in store.knowledge_versions()] == [1, 4]
+        move(other, store, "first")
+        assert (store.knowledge(parent.id).version, store.knowledge(child.id).version) == (5, 3)
+        assert store.knowledge(child.id).parent == parent.id
+        assert move(store, third, "second")["knowledge"] == 4
+        assert everything(third)["knowledge"] == everything(store)["knowledge"]
+        assert list(third.verify()) == []
+
+
+def test_a_parquet_export_that_fails_leaves_nothing_or_what_was_there(filled, tmp_path):
+    store = filled[0]
+
+    def full(name, count):
+        if name == "knowledge":
+            raise OSError(28, "No space left on device")
+
+    before = set(tmp_path.iterdir())
+    with pytest.raises(OSError, match="No space left"):
+        store.export_parquet(tmp_path / "out", full)
+    assert set(tmp_path.iterdir()) == before
+    rows = store.export_parquet(tmp_path / "out")
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    there = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+    with pytest.raises(OSError, match="No space left"):
+        store.export_parquet(tmp_path / "out", full)
+    assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == there
+    store.note("item", "i", "seen", "ada", "")
+    assert store.export_parquet(tmp_path / "out") == {**rows, "events": rows["events"] + 1}
+    assert {file.name for file in (tmp_path / "out").iterdir()} == set(there)
+    with Store.open(str(tmp_path / "copy.db")) as copy:
+        assert copy.import_parquet(tmp_path / "out")["events"] == rows["events"] + 1
+
+
 def test_what_is_no_export_is_refused_whole(filled, tmp_path):
     store = filled[0]
     file = io.StringIO()

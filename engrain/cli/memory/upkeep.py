@@ -103,11 +103,12 @@ def export(
                 if str(out) != "-":
                     draft.replace(out)
         except OSError as error:
-            if chosen is Format.JSONL and draft.is_file():
-                draft.unlink()
             if error.errno in FULL or isinstance(error, BrokenPipeError):  # no fault of the name
                 raise
             raise UsageError(f"{out} cannot be written: {error.strerror or error}; name another place") from error
+        finally:
+            if chosen is Format.JSONL and draft.is_file():
+                draft.unlink()
     if as_json and str(out) != "-":
         print_json({"out": str(out), "format": chosen.value, "rows": rows})
     else:
