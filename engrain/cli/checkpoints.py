@@ -14,6 +14,7 @@ from engrain.cli.common import JsonOption, StoreOption, open_store, printable
 
 app = typer.Typer(help="List checkpoints on disk and remove those that nothing needs.")
 
+KEEP = 3
 KeepOption = Annotated[
     int, typer.Option("--keep", min=0, help="How many checkpoints stay that nothing needs, newest first.")
 ]
@@ -63,7 +64,7 @@ def list_(store: StoreOption = None, as_json: JsonOption = False) -> None:
 
 @app.command()
 def prune(
-    keep: KeepOption = 3,
+    keep: KeepOption = KEEP,
     disk_budget: BudgetOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
     store: StoreOption = None,

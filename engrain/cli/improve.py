@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from engrain.cli.checkpoints import BudgetOption, KeepOption
+from engrain.cli.checkpoints import KEEP, BudgetOption
 from engrain.cli.common import (
     DEFAULT_MODEL,
     SAMPLER_SHARE,
@@ -90,7 +90,10 @@ def command(
         int | None,
         typer.Option(min=1, help="With --forever: wait for so many new episodes of the world from elsewhere."),
     ] = None,
-    keep: KeepOption = 3,
+    keep: Annotated[
+        int | None,
+        typer.Option(min=0, help=f"With --forever: how many checkpoints stay that nothing needs; {KEEP} if not given."),
+    ] = None,
     disk_budget: BudgetOption = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check the settings, estimate memory and time, and change nothing.")
@@ -133,8 +136,11 @@ def command(
         raise UsageError("--config holds model, seed and world options: change them there, or leave out --config")
     if demo and option:
         raise UsageError("--demo has a world of its own: leave out -o, or name a world instead of --demo")
-    if not forever and (every or min_episodes or disk_budget):
-        raise UsageError("--every, --min-episodes and --disk-budget belong to --forever: add it, or leave them out")
+    if not forever and any(given is not None for given in (every, min_episodes, keep, disk_budget)):
+        raise UsageError(
+            "--every, --min-episodes, --keep and --disk-budget belong to --forever: add it, or leave them out "
+            "(engrain checkpoints prune removes checkpoints by hand)"
+        )
     check_engines(engine, base_url, ray=ray, sync_every=sync_every)
     if forever and out is not None:
         raise UsageError("--out is one round's folder: leave it out with --forever, every round has its own")
@@ -171,8 +177,8 @@ def command(
     if chosen.extract.coach:
         check_coach(chosen.extract.coach, resolve_with_bar)
 
-    rounds = Schedule(every=seconds(every) if every else 0.0, min_episodes=min_episodes or 0)
-    budget = size(disk_budget) if disk_budget else None
+    rounds = Schedule(every=seconds(every) if every is not None else 0.0, min_episodes=min_episodes or 0)
+    budget = size(disk_budget) if disk_budget is not None else None
     checks: list[Callable[[], None]] = []
 
     def check() -> None:
@@ -237,7 +243,7 @@ def command(
             return
 
         def clean() -> None:
-            retention = plan(memory, keep=keep, budget=budget)
+            retention = plan(memory, keep=KEEP if keep is None else keep, budget=budget)
             prune(memory, retention)
             told.disk(retention.kept_bytes, retention.freed_bytes, retention.over_budget)
 

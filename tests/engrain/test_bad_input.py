@@ -164,6 +164,8 @@ SETTINGS = [
     ((*IMPROVE, "--ray", "local", "--sync-every", "2"), "leave out --sync-every"),
     ((*IMPROVE, "--track", "nonesuch"), "unknown tracker 'nonesuch'; use one of tensorboard"),
     ((*IMPROVE, "--every", "6h"), "belong to --forever: add it, or leave them out"),
+    ((*IMPROVE, "--keep", "3"), "--keep and --disk-budget belong to --forever: add it, or leave them out"),
+    ((*IMPROVE, "--forever", "--every", ""), "'' is no length of time"),
     ((*IMPROVE, "--forever", "--every", "soon"), "'soon' is no length of time; write for instance 90s"),
     ((*IMPROVE, "--forever", "--disk-budget", "much"), "'much' is no size; write for instance 50GB"),
     ((*IMPROVE, "--forever", "--out", "{new}/o"), "--out is one round's folder"),
