@@ -1,10 +1,10 @@
 """What is watched in every step, and when training must stop before it does harm.
 
-Self-distillation can collapse (arXiv 2606.04703): responses shorten, entropy falls, the KL climbs; or the student comes
-apart, and its entropy rises above where it and its teacher began (round 3 of docs/results/rounds.json: from 0.99 to 1.32
-nats while accuracy elsewhere went to 0; in the three healthy rounds to at most 1.10 of its start). The guard compares
-each step with the first ones of the run and stops on the bounds a configuration sets; the trainer then keeps the best
-checkpoint by validation.
+Self-distillation can collapse (arXiv 2606.04703): responses shorten, entropy falls, the KL climbs. Or the student comes
+apart, and its entropy rises above where it and its teacher began: in round 3 of docs/results/rounds.json from 0.99 to
+1.32 nats, while accuracy in other worlds went to 0 (in the rounds beside it to 1.10 of its start at most). The guard
+compares each step with the first ones of the run and stops on the bounds a configuration sets; the trainer then keeps
+the best checkpoint by validation.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ class Guard:
             bound = max(config.max_entropy_ratio * began, began + _SLACK)
             latest = sum(m.student_entropy for m in self._seen[-2:]) / 2
             if latest > bound:
-                return f"student_entropy rose above {bound:.3g} from {began:.3g}, to {latest:.3g} at step {metrics.step}"
+                return f"student_entropy rose from {began:.3g} above {bound:.3g}: {latest:.3g} at step {metrics.step}"
         start = {name: sum(getattr(m, name) for m in first) / len(first) for name in _WATCHED}
         # a student may well grow as sure as its teacher is; only below that is it a collapse
         start["student_entropy"] = min(start["student_entropy"], metrics.teacher_entropy)

@@ -77,7 +77,7 @@ def test_a_student_that_comes_apart_is_stopped_by_its_rising_entropy() -> None:
     """Entropies at the ends of the runs in docs/results/rounds.json: round 3 collapsed, round 2 was promoted."""
     *calm, why = entropies([0.99, 1.04, 1.08, 1.13, 1.18, 1.22, 1.27, 1.32], teacher=0.92)[:7]
     assert calm == [None] * 6
-    assert why == "student_entropy rose above 1.24 from 0.99, to 1.25 at step 7"
+    assert why == "student_entropy rose from 0.99 above 1.24: 1.25 at step 7"
     healthy = [0.93, 0.94, 0.96, 0.97, 0.98, 1.00, 1.01, 1.03]
     assert entropies(healthy, teacher=0.79) == [None] * 8
     assert entropies([0.41, 0.39, 0.36, 0.34, 0.32, 0.29, 0.27, 0.25], teacher=0.28) == [None] * 8
