@@ -73,7 +73,7 @@ class Round:
         on_result: told the result just before the round counts as over, for what must not be missing then; told
             again if the process is killed over it.
         gate: has the last word on a checkpoint: what was played for the verdict, and the verdict, to a verdict. The
-            default leaves it as it is.
+            default leaves it as it is. It is asked once a round; a round that was killed over its answer asks again.
     """
 
     def __init__(
@@ -288,8 +288,9 @@ class Round:
             }
             for world, played in judged.ood.items()
         }
-        verdict = self.gate(judged)
-        self._done("judge", verdict.model_dump(mode="json"))
+        if "judge" not in self.state:  # asked once: a person may have answered
+            self._done("judge", self.gate(judged).model_dump(mode="json"))
+        verdict = Verdict.model_validate(self.state["judge"])
         if verdict.promoted:
             self._decide(checkpoint, CheckpointStatus.PROMOTED, verdict.reason)
             load(self.player, checkpoint)

@@ -406,6 +406,23 @@ def test_a_gate_of_ones_own_has_the_last_word(run, tmp_path) -> None:
         assert store.current_checkpoint("tiny") is None
 
 
+def test_a_gate_that_has_answered_is_not_asked_again(run, tmp_path, monkeypatch) -> None:
+    asked = []
+
+    def once(judged: Judged) -> Verdict:
+        asked.append(len(asked))
+        return judged.verdict.model_copy(update={"promoted": not asked[-1], "reason": f"answer {asked[-1]}"})
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Round, "_absorb", lambda *given: (_ for _ in ()).throw(Killed("absorb")))
+        with pytest.raises(Killed):
+            run("asked", Recorder(), {"gate": once})
+    result, _ = run("asked", Recorder(), {"gate": once})
+    assert (asked, result.reason) == ([0], "answer 0")
+    assert result.verdict.promoted
+    assert result.checkpoint.status is CheckpointStatus.PROMOTED
+
+
 def test_a_second_round_starts_from_the_promoted_checkpoint(run, tmp_path) -> None:
     first, _ = run("two", Recorder())
     listener = Recorder()
