@@ -29,10 +29,17 @@ def play_stored(
     knowledge: Knowledge | None = None,
     seed: int = 0,
     progress: Progress | None = None,
+    again: bool = False,
 ) -> list[Episode]:
-    """Play the tasks whose episodes the store lacks, each stored as it ends; all of them, in the tasks' order."""
+    """Play the tasks whose episodes the store lacks, each stored as it ends; all of them, in the tasks' order.
+
+    `again` plays those anew that an error ended, in place of what was stored of them.
+    """
     ids = [episode_id(namespace, task) for task in tasks]
     known = {id_: store.episode(id_) for id_ in store.has_episodes(ids)}
+    for broken in failures(list(known.values())) if again else ():
+        store.forget("episode", broken.id, "engrain", "it broke off, and is played again")
+        del known[broken.id]
     solved = sum(episode.success for episode in known.values())
     stats = RolloutStats(total=len(known), episodes=len(known), known=len(known), successes=solved)
     if isinstance(engine, Cluster):

@@ -60,7 +60,10 @@ def command(
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Accuracy with its 95% Wilson interval. What the store already holds is not played again."""
+    """Accuracy with its 95% Wilson interval.
+
+    What the store already holds is not played again, but for episodes that an error ended.
+    """
     from agent.episode import SamplingParams
     from engrain.console import ConsoleListener
     from engrain.evaluate import failures, measure, outcomes, play_stored
@@ -108,10 +111,11 @@ def command(
                     knowledge=with_text,
                     seed=seed,
                     progress=lambda stats, name=name: listener.rollout(name, stats),  # type: ignore[misc]
+                    again=True,
                 )
                 if failed := failures(episodes):
                     if len(failed) == len(episodes):
-                        for episode in failed:  # or they would stand for the measurement when its world works again
+                        for episode in failed:  # nothing was measured, and nothing shall look as if it had been
                             memory.forget("episode", episode.id, "engrain", "its world did not work")
                         raise EnvFailedError(f"{name}: no episode was played to its end, the first: {failed[0].error}")
                     broken[name] = f"{len(failed)} of {len(episodes)} episodes broke off, the first: {failed[0].error}"

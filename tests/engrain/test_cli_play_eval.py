@@ -171,6 +171,32 @@ def test_broken_episodes_are_told(tiny_folder: Path, monkeypatch: pytest.MonkeyP
     assert "no episode was played to its end, the first: OSError: the world is gone" in result.stderr
 
 
+def test_the_same_command_plays_broken_episodes_again_and_no_others(
+    engrain_home: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    intact, broken, played = MathEnv.reset, {_tasks(1)[0].id}, []
+
+    def reset(self: MathEnv) -> Any:
+        played.append(self.task.id)
+        if self.task.id in broken:
+            raise OSError("the world is gone")
+        return intact(self)
+
+    monkeypatch.setattr(MathEnv, "reset", reset)
+    command = ("eval", *WORLD, "-m", str(tiny_folder), "-n", "2", "--max-tokens", "4", "--json")
+    first = json.loads(output(*command))["evaluations"]["base model"]
+    assert "broke off" in run(*command).stderr
+    broken.clear()
+    mended = json.loads(output(*command))["evaluations"]["base model"]
+    assert json.loads(output(*command))["evaluations"]["base model"]["results"] == mended["results"]
+    assert played == [_tasks(1)[0].id, _tasks(2)[1].id, *[_tasks(1)[0].id] * 2]
+    with stored(engrain_home) as store:
+        assert [episode.error for episode in store.episodes()] == [None, None]
+        assert store.counts()["episode"] == 2
+        whole = next(e for e in store.evaluations() if e.id == first["id"])
+        assert [result.success for result in whole.results] == [r["success"] for r in first["results"]]
+
+
 def _tasks(count: int) -> list[Task]:
     return registry.world("math", {"convention": "answer_tag"}).tasks(Split.TEST, count)
 
