@@ -307,6 +307,24 @@ def test_export_and_import(lived, tmp_path, name):
         run("import", str(tmp_path / "nothing"), path=copy)
 
 
+def test_an_export_may_go_into_the_folder_one_is_in(lived, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    rows = json.loads(run("export", ".", "--force", "--json", path=lived[0]).output)["rows"]
+    assert json.loads(run("import", ".", "--json", path=str(tmp_path / "copy.db")).output)["new"] == rows
+
+
+def test_an_export_that_is_broken_off_leaves_no_draft(lived, tmp_path, monkeypatch):
+    def interrupted(self, file, progress=None):
+        file.write("half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Store, "export_jsonl", interrupted)
+    before = set(tmp_path.iterdir())
+    assert run("export", str(tmp_path / "out.jsonl"), path=lived[0]).exit_code != 0
+    assert set(tmp_path.iterdir()) == before
+
+
 def test_forgetting_asks_and_names_the_checkpoints(lived):
     path, item, *_ = lived
     asked = run("forget", "abc1", path=path)

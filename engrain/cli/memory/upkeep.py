@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -90,7 +90,7 @@ def export(
         raise UsageError(f"Parquet needs a folder, and {out} is none; name a folder or pass --format jsonl")
     if chosen is Format.JSONL and str(out) != "-" and out.is_dir():
         raise UsageError(f"JSON lines need a file, and {out} is a folder; name a file or pass --format parquet")
-    draft = out.with_name(out.name + ".part")
+    draft = out.parent / f"{out.name}.part"
     with opened(store) as memory, _bar("exporting", sum(memory.all_counts().values())) as moved:
         try:
             if chosen is Format.PARQUET:
@@ -107,8 +107,9 @@ def export(
                 raise
             raise UsageError(f"{out} cannot be written: {error.strerror or error}; name another place") from error
         finally:
-            if chosen is Format.JSONL and draft.is_file():
-                draft.unlink()
+            if chosen is Format.JSONL and str(out) != "-":
+                with suppress(OSError):
+                    draft.unlink()
     if as_json and str(out) != "-":
         print_json({"out": str(out), "format": chosen.value, "rows": rows})
     else:
