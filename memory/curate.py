@@ -10,7 +10,7 @@ from agent.episode import Episode
 from envs.base import Split
 from envs.errors import UsageError
 from memory.admission import planted, suspicion, unverified
-from memory.contradiction import contradictions, contradicts
+from memory.contradiction import conflicting, contradictions
 from memory.effect import Effect
 from memory.errors import UnknownIdError
 from memory.generality import instance_terms, quoted_terms
@@ -91,11 +91,10 @@ def admit(
             known[id_] = store.unflag_item(id_, INSTANCE_BOUND, who=WHO, why="another task teaches it too")
     touched = list(dict.fromkeys(id_ for _, _, id_ in accepted))
     active = [item for item in store.items(ItemStatus.ACTIVE) if item.support or not item.sources]
-    for one in (known[id_] for id_ in touched if known[id_].status is ItemStatus.ACTIVE):
-        for other in active:
-            if other.id != one.id and (why := contradicts(one.text, other.text)):
-                store.flag_item(one.id, CONTRADICTS, other=other.id, note=why, who=WHO)
-                store.flag_item(other.id, CONTRADICTS, other=one.id, note=why, who=WHO)
+    new = [known[id_] for id_ in touched if known[id_].status is ItemStatus.ACTIVE]
+    for one, other, why in conflicting(new, active):
+        store.flag_item(one.id, CONTRADICTS, other=other.id, note=why, who=WHO)
+        store.flag_item(other.id, CONTRADICTS, other=one.id, note=why, who=WHO)
     return [store.item(id_) for id_ in touched]
 
 
@@ -160,11 +159,15 @@ def candidates(
 
 def compatible(items: Iterable[Item], conflicts: Mapping[tuple[str, str], str]) -> list[Item]:
     """The items in order, without those that contradict one before them; `conflicts` is by (smaller id, larger id)."""
-    kept: list[Item] = []
+    rivals: dict[str, set[str]] = {}
+    for one, other in conflicts:
+        rivals.setdefault(one, set()).add(other)
+        rivals.setdefault(other, set()).add(one)
+    kept: dict[str, Item] = {}
     for item in items:
-        if not any((min(item.id, other.id), max(item.id, other.id)) in conflicts for other in kept):
-            kept.append(item)
-    return kept
+        if kept.keys().isdisjoint(rivals.get(item.id, ())):
+            kept[item.id] = item
+    return list(kept.values())
 
 
 def _subsets(ranked: Sequence[Item], count: int, generator: random.Random) -> list[list[Item]]:

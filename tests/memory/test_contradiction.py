@@ -1,8 +1,12 @@
+import random
+from itertools import combinations, product
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memory.contradiction import contradictions, contradicts, opposed
+from memory import contradiction
+from memory.contradiction import conflicting, contradictions, contradicts, opposed
 from memory.normalise import item_id
 from memory.records import Item
 
@@ -60,3 +64,32 @@ def test_it_is_symmetric_and_nothing_contradicts_itself(a, b):
     assert bool(contradicts(a, b)) == bool(contradicts(b, a))
     assert contradicts(a, a) is None
     assert opposed(a, b) == opposed(b, a)
+
+
+opposites = [*vocabulary, "shut", "first", "last", "high", "low", "lower", "higher", "two", "{}", "`x`"]
+
+
+@given(st.lists(st.lists(st.sampled_from(opposites), max_size=8).map(" ".join), max_size=12), st.integers(0, 12))
+def test_sieving_loses_no_pair_and_changes_no_order(lines, cut):
+    items = list({item_id(line): Item(id=item_id(line), text=line) for line in lines}.values())
+    ranked = sorted(items, key=lambda item: item.id)
+    pairs = [(one, other, contradicts(one.text, other.text)) for one, other in combinations(ranked, 2)]
+    assert list(contradictions(items).items()) == [((a.id, b.id), why) for a, b, why in pairs if why]
+    some, others = items[:cut], items[cut // 2 :]
+    expected = [(a, b, why) for a in some for b in others if (why := contradicts(a.text, b.text))]
+    assert list(conflicting(some, others)) == expected
+
+
+def test_two_thousand_items_are_looked_at_pair_by_pair_only_where_they_share_their_matter(monkeypatch):
+    draw = random.Random(0)
+    nouns = ["".join(syllables) for syllables in product(("ba", "ke", "li", "mo", "nu", "so"), repeat=3)]
+    lines = {" ".join(["open the", *draw.sample(nouns, draw.randint(3, 9))]) for _ in range(1900)}
+    lines |= {f"never {line}" for line in sorted(lines)[:60]} | {
+        line.replace("open", "shut") for line in sorted(lines)[:60]
+    }
+    items = [Item(id=item_id(line), text=line) for line in sorted(lines)]
+    looked = []
+    monkeypatch.setattr(contradiction, "contradicts", lambda a, b: looked.append(a) or contradicts(a, b))
+    assert len(items) > 2000
+    assert len(contradictions(items)) >= 120
+    assert len(looked) < 5000  # of two million
