@@ -99,7 +99,7 @@ def conflicting(ones: Sequence[Item], others: Sequence[Item]) -> Iterator[tuple[
 def _same_matter(ones: Sequence[Item], others: Sequence[Item]) -> Iterator[tuple[int, int]]:
     """The positions of all pairs that share enough words to speak of the same thing, row by row.
 
-    Counted for all pairs at once, which takes 0.3 s for 2,000 items and 4 s for 10,000; few are left to be looked at one by one.
+    Counted for all pairs at once, 2,000 items in 0.3 s and 10,000 in 4 s; few are left to be looked at one by one.
     """
     if not ones or not others:
         return
