@@ -133,6 +133,8 @@ def _needed(store: Store, records: dict[str, CheckpointRecord]) -> dict[str, str
     for begun in running:
         if parent := begun.state.get("parent"):
             found.setdefault(parent, f"round {begun.number} is unfinished and began with it")
+        if made := begun.state.get("consolidate"):  # perhaps the same weights as those of an earlier round
+            found.setdefault(made["checkpoint"], f"round {begun.number} is unfinished and made it")
     for model in {record.model for record in records.values()}:
         if current := store.current_checkpoint(model):
             found[current.id] = "current"

@@ -9,6 +9,7 @@ from typing import Any
 from agent.episode import Episode
 from distill.checkpoint import read_manifest
 from distill.config import DistillConfig
+from distill.errors import CheckpointError
 from distill.trainer import FitResult
 from memory.records import CheckpointRecord, Knowledge, RoundStatus, RunRecord, digest
 from memory.store import Store
@@ -66,6 +67,9 @@ def keep_episode(store: Store, run: RunRecord, episode: Episode) -> None:
 def finish_run(store: Store, run: RunRecord, fit: FitResult) -> CheckpointRecord:
     """Store how a run ended and the checkpoint that was chosen.
 
+    Weights that an earlier run made too are one checkpoint; where they are gone from that run's folder it is found in
+    this one's from now on.
+
     Raises:
         RuntimeError: training ended without a checkpoint.
     """
@@ -86,7 +90,17 @@ def finish_run(store: Store, run: RunRecord, fit: FitResult) -> CheckpointRecord
             manifest=manifest.model_dump(mode="json"),
         )
     )
+    if not _holds(Path(record.path), record.id):
+        why = f"run {run.id} made the same weights, and they are gone from where they were"
+        record = store.move_checkpoint(record.id, str(chosen.resolve()), "engrain", why)
     if run.finished_at is None:
         history = [metrics.model_dump() for metrics in fit.history]
         store.finish_run(run.id, RoundStatus.FINISHED, reason=fit.stopped or "", metrics=history)
     return record
+
+
+def _holds(folder: Path, id: str) -> bool:
+    try:
+        return read_manifest(folder).id == id
+    except CheckpointError:
+        return False

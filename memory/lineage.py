@@ -172,6 +172,18 @@ class LineageTable(Database):
             raise ConflictError(f"checkpoint id {checkpoint.id!r} already stands for other weights in {self.url}")
         return stored
 
+    def move_checkpoint(self, id: str, path: str, who: str, why: str) -> CheckpointRecord:
+        """Note that a checkpoint's weights lie in another folder now; the event says where they were.
+
+        Raises:
+            UnknownIdError: it is not stored.
+        """
+        before = self.checkpoint(id).path
+        with self._write() as connection:
+            connection.execute(sa.update(CheckpointRow).where(CheckpointRow.id == id).values(path=path))
+            self._log(connection, "checkpoint", id, "moved", who, why, {"before": before, "path": path})
+        return self.checkpoint(id)
+
     def checkpoint(self, id: str) -> CheckpointRecord:
         """One checkpoint.
 

@@ -92,7 +92,7 @@ def test_the_budget_takes_the_oldest_of_the_others_first_and_never_what_is_neede
 
 def test_an_unfinished_round_loses_nothing(store: Store, history: dict[str, Path]) -> None:
     record = store.create_round({}, 0, "tiny")
-    store.update_round(record.id, state={"parent": "e"})
+    store.update_round(record.id, state={"parent": "e", "consolidate": {"checkpoint": "f"}})
     half = folder(settings.runs_dir() / f"round-{record.id}" / "step-000002")
     stranger = folder(settings.runs_dir() / "round-of-another-store" / "step-000002")
     elsewhere = folder(settings.home() / "mine" / "step-000001")
@@ -103,6 +103,7 @@ def test_an_unfinished_round_loses_nothing(store: Store, history: dict[str, Path
     assert stranger.exists()
     assert elsewhere.exists()
     assert reasons(retention)["e"] == (True, "round 7 is unfinished and began with it")
+    assert reasons(retention)["f"] == (True, "round 7 is unfinished and made it")
 
 
 def test_a_removal_that_was_cut_is_completed(store: Store, history: dict[str, Path]) -> None:

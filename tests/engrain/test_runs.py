@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,20 @@ def test_a_child_of_a_stored_text_is_blamed_on_its_items(distil, tmp_path: Path)
     blame = facts("memory", "blame", child["id"], items[0].id, *own)
     assert [level["checkpoint"]["id"] for level in blame["through"]] == [child["id"]]
     assert run("memory", "blame", parent["id"], items[0].id, *own).exit_code == 2
+
+
+def test_weights_made_twice_are_found_where_they_still_are(distil, engrain_home: Path, tmp_path: Path) -> None:
+    first, second = (distil(str(tmp_path / name)) for name in ("first", "second"))
+    assert second["id"] == first["id"]
+    with Store.open(str(engrain_home / "engrain.db")) as store:
+        assert store.checkpoint(first["id"]).path == first["checkpoint"]  # they are there
+        shutil.rmtree(first["checkpoint"])
+        third = distil(str(tmp_path / "third"))
+        assert third["id"] == first["id"]
+        assert store.checkpoint(first["id"]).path == third["checkpoint"]
+        (event,) = store.events(subject=first["id"], action="moved")
+        assert event.detail == {"before": first["checkpoint"], "path": third["checkpoint"]}
+        assert [found for found in store.verify() if found.level == "error"] == []
 
 
 def test_a_run_on_stored_episodes_adds_none(distil, engrain_home: Path) -> None:
