@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from markupsafe import Markup
 
 from engrain.curve import MEASURES, RoundScores
 from engrain.svg import Estimate, Point, Series, curve, estimates
-from memory.records import EvaluationRecord, ItemEffect, RunRecord
+from engrain.ui.training import number
+from memory.records import EvaluationRecord, ItemEffect
 
 
 def learning(scores: Sequence[RoundScores]) -> dict[str, Markup]:
@@ -34,10 +35,17 @@ def learning(scores: Sequence[RoundScores]) -> dict[str, Markup]:
     return charts
 
 
-def evaluations(rows: Sequence[EvaluationRecord]) -> Markup:
-    """Accuracies with their 95% intervals, one a row."""
+def evaluations(rows: Sequence[EvaluationRecord], versions: Mapping[str, int] | None = None) -> Markup:
+    """Accuracies with their 95% intervals, one a row; `versions` are the numbers of knowledge texts by id."""
+
+    several = len({row.env for row in rows}) > 1
+
+    def label(row: EvaluationRecord) -> str:
+        version = (versions or {}).get(row.knowledge or "")
+        return row.name + (f", version {version}" if version else "") + (f" ({row.env})" if several else "")
+
     return estimates(
-        [Estimate(f"{e.name} ({e.env})", e.accuracy, e.low, e.high) for e in rows],
+        [Estimate(label(row), row.accuracy, row.low, row.high) for row in rows],
         title="Accuracies with 95% intervals",
         x_label="accuracy",
         x_range=(0, 1),
@@ -54,39 +62,25 @@ def effects(rows: Sequence[ItemEffect]) -> Markup:
     )
 
 
-def training(run: RunRecord) -> Markup:
+def training(steps: Sequence[Mapping[str, Any]]) -> Markup:
     """Divergence to the teacher by training step."""
+    noted = ((number(row.get("step")), number(row.get("divergence"))) for row in steps)
     return curve(
-        [Series("divergence", list(_points(run.metrics, "divergence")))],
+        [Series("divergence", [Point(x, y) for x, y in noted if x is not None and y is not None])],
         title="Divergence between student and teacher by training step",
         x_label="training step",
         y_label="divergence (nats a token)",
     )
 
 
-def _points(metrics: Iterable[Mapping[str, Any]], name: str) -> Iterable[Point]:
-    """What was noted at each step; another program's notes may hold anything."""
-    for row in metrics:
-        x, y = row.get("step"), row.get(name)
-        if isinstance(x, int | float) and isinstance(y, int | float):
-            yield Point(float(x), float(y))
-
-
-def validation(state: Mapping[str, Any]) -> Markup | None:
-    """Accuracy on validation tasks by training step, from a round's notebook; None where it notes none."""
-    noted = state.get("consolidate")
-    found = noted.get("validation") if isinstance(noted, Mapping) else None
-    if not isinstance(found, Mapping) or not found:
+def validation(scores: Mapping[int, float]) -> Markup | None:
+    """Accuracy on validation tasks by training step; None where none was validated."""
+    if not scores:
         return None
-    points = [Point(float(step), float(y)) for step, y in found.items() if str(step).isdigit() and _is_number(y)]
     return curve(
-        [Series("validation", sorted(points, key=lambda point: point.x))],
+        [Series("validation", [Point(float(step), score) for step, score in sorted(scores.items())])],
         title="Accuracy on validation tasks by training step",
         x_label="training step",
         y_label="accuracy on validation tasks",
         y_range=(0, 1),
     )
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float)

@@ -1,4 +1,4 @@
-"""How far the running round is: its stage, what it played so far, and whether anybody is at work on it."""
+"""How far the running round is: its stage, what it played and trained so far, and whether anybody is at work on it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from engrain.lease import is_gone, lease_name
+from engrain.ui.training import Training, is_validation
 from memory.leases import Lease
 from memory.records import RoundRecord, RoundStatus, digest
 from memory.store import Store
@@ -35,11 +36,15 @@ class Played:
 
 @dataclass(frozen=True)
 class Progress:
-    """A round that is not over. `holder` is the process at work on it; None: it waits to be taken up again."""
+    """A round that is not over. `holder` is the process at work on it; None: it waits to be taken up again.
+
+    `played` is without the validations of `training`, which is None before there is any.
+    """
 
     round: RoundRecord
     holder: Lease | None
     played: tuple[Played, ...]
+    training: Training | None = None
 
     @property
     def stages(self) -> list[tuple[str, str, str]]:
@@ -52,9 +57,16 @@ class Progress:
         ]
 
     @property
+    def said(self) -> str:
+        """What a screen reader is told whenever it changes: no numbers, or it would speak all the time."""
+        doing = f"{self.round.stage} {STAGES.get(self.round.stage, '')}".strip()
+        return f"Round {self.round.number}: {doing if self.holder else 'nobody is at work on it'}."
+
+    @property
     def mark(self) -> str:
         """Changes whenever something that is shown does."""
-        return digest(self.round.id, self.round.stage, self.holder and self.holder.token, *self.played)
+        trained = self.training.mark if self.training else ()
+        return digest(self.round.id, self.round.stage, self.holder and self.holder.token, *self.played, *trained)
 
     @classmethod
     def of(cls, store: Store) -> Progress | None:
@@ -64,12 +76,18 @@ class Progress:
             return None
         record = running[-1]
         held = store.held_lease(lease_name(record.model))
-        planned = _planned(record.config)
-        played = (Played(*row, planned.get(row[0])) for row in store.stage_counts(record.id))
-        return cls(record, held if held is not None and not is_gone(held) else None, tuple(played))
+        counts = store.stage_counts(record.id)
+        wanted = planned(record.config)
+        runs = store.runs(round_id=record.id)
+        return cls(
+            record,
+            held if held is not None and not is_gone(held) else None,
+            tuple(Played(*row, wanted.get(row[0])) for row in counts if not (runs and is_validation(row[0]))),
+            Training.of(runs[-1], counts, wanted.get("validation/bare")) if runs else None,
+        )
 
 
-def _planned(config: Mapping[str, Any]) -> dict[str, int]:
+def planned(config: Mapping[str, Any]) -> dict[str, int]:
     """How many episodes of each kind the settings ask for, as far as they say so; the settings are foreign data."""
 
     def ask(section: str, name: str) -> int | None:

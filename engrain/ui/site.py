@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from datetime import datetime
 from typing import Annotated, Any, TypeVar
 from urllib.parse import quote, urlencode
 
@@ -29,6 +31,7 @@ class Site:
 
     def __init__(self, store: Store, access: Access) -> None:
         self.store, self.access = store, access
+        self._versions: dict[str, int] = {}  # a text keeps its number for ever
         self._templates = jinja2.Environment(
             loader=jinja2.PackageLoader("engrain.ui"),
             autoescape=True,
@@ -37,7 +40,7 @@ class Site:
             trim_blocks=True,
             lstrip_blocks=True,
         )
-        self._templates.filters.update(time=time, effect=effect, short=short, step=_step, number=_number)
+        self._templates.filters.update(time=_time, effect=effect, short=short, step=_step, number=_number, count=_count)
         self._templates.globals.update(query=_query)
 
     def page(self, template: str, status: int = 200, /, **values: Any) -> HTMLResponse:
@@ -52,6 +55,15 @@ class Site:
             UnknownIdError: there is none.
         """
         return _found(given, self.store.knowledge, lambda: self.store.full_id("knowledge", given))
+
+    def versions(self, ids: Iterable[str | None]) -> dict[str, int]:
+        """The version numbers of knowledge texts, by id; without those that are not stored."""
+        wanted = {id_ for id_ in ids if id_}
+        for id_ in wanted - self._versions.keys():
+            with suppress(UnknownIdError):
+                if (version := self.store.knowledge(id_).version) is not None:
+                    self._versions[id_] = version
+        return {id_: self._versions[id_] for id_ in wanted & self._versions.keys()}
 
     def round(self, given: str) -> RoundRecord:
         """A round by number, id, or the beginning of one.
@@ -88,6 +100,18 @@ def _shown(value: Any) -> Any:
 def _step(value: object) -> str:
     """One step of an address's path."""
     return quote(str(value), safe="", errors="replace")
+
+
+def _time(value: datetime | None) -> str:
+    """A time to the minute, in UTC."""
+    if value is None:
+        return ""
+    return Markup('<time datetime="{}" title="UTC">{}</time>').format(f"{value:%Y-%m-%dT%H:%MZ}", time(value))
+
+
+def _count(number: int, what: str) -> str:
+    """`1 episode`, `2,000 episodes`."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def _number(value: float) -> str:

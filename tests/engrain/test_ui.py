@@ -10,32 +10,28 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from datetime import UTC, datetime, timedelta
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
-from agent.episode import Episode, FinishReason, Message, SamplingParams, StopReason, Turn
 from engrain.cli import app as shell
 from engrain.lease import lease_name
-from envs.base import Split, Task
 from memory.normalise import item_id
-from memory.records import (
-    CheckpointRecord,
-    CheckpointStatus,
-    EvaluationRecord,
-    Extraction,
-    ItemEffect,
-    Knowledge,
-    KnowledgeItem,
-    RoundStatus,
-    RunRecord,
-    digest,
-)
+from memory.records import RoundStatus
 from memory.store import Store
+from tests.engrain.furnished import (
+    LESSONS,
+    MODEL,
+    begin_training,
+    checkpoint_id,
+    episode,
+    episode_id,
+    furnish,
+    write_history,
+)
+from tests.memory.conftest import postgres_server, postgres_url  # noqa: F401 - fixtures
 
 pytest.importorskip("fastapi", reason="needs the extra ui")
 
@@ -47,101 +43,13 @@ from engrain.ui.progress import STAGES
 
 ROOT = Path(__file__).resolve().parents[2]
 BAD = "<script>alert(1)</script><img src=x onerror=alert(1)>\" onclick='x' {{ 7*7 }} \x1b[31m\x07\u202e\u2028 & Ä"
-LESSONS = [
-    "Read the whole recipe before you take anything.",
-    "A closed door is opened before you walk through it.",
-    "Count the carrying digit when two digits add up to ten or more.",
-    "Boxes in a corner never come out again: push none there.",
-]
-
-
-def episode(number: int, *, turns: int = 2, text: str = "", **overrides: Any) -> Episode:
-    played, ids, mask = [], [1, 2, 3], [False] * 3
-    for n in range(turns):
-        start = len(ids) + 1
-        ids, mask = [*ids, 9, 10, 11], [*mask, False, True, True]
-        played.append(
-            Turn(observation=f"Observation {n}. {text}", action=f"go north {text}", start=start, end=len(ids),
-                 finish_reason=FinishReason.STOP, feedback=text, reward=0.5)
-        )  # fmt: skip
-    fields: dict[str, Any] = {
-        "id": digest("ui", number), "task": Task.create("doors", Split.TRAIN, number, {}),
-        "messages": (Message(role="system", content=f"You play. {text}"),), "turns": tuple(played),
-        "token_ids": tuple(ids), "prompt_length": 3, "loss_mask": tuple(mask), "logprobs": (0.0,) * len(ids),
-        "reward": 0.0, "score": 0.5, "success": bool(number % 2), "feedback": text, "stop_reason": StopReason.DONE,
-        "model": "tiny", "sampling": SamplingParams(), "seconds": 1.0,
-        "started_at": datetime(2026, 1, 1, tzinfo=UTC) + timedelta(minutes=number),
-    }  # fmt: skip
-    return Episode(**{**fields, **overrides})
-
-
-def furnish(store: Store) -> None:
-    """Three finished rounds that get better, a fourth that runs elsewhere, and foreign texts wherever one fits."""
-    lessons = [*LESSONS, f"Nothing is what it seems: {BAD}"]
-    parent: CheckpointRecord | None = None
-    for number, (bare, context, after) in enumerate(((0.1, 0.6, 0.5), (0.5, 0.7, 0.68), (0.5, 0.72, 0.52)), 1):
-        round_ = store.create_round({"model": "tiny", "note": BAD}, number, "tiny")
-        played = [episode(100 * number + n, text=BAD if n == 0 else "") for n in range(3)]
-        store.add_episodes(played, round_id=round_.id, stage="play")
-        for place, lesson in enumerate(lessons[: number + 2]):
-            found = Extraction(
-                id=digest(number, place), episode_id=played[place % 3].id, model="tiny", checkpoint=None, mode="paper",
-                prompt_version="1", seed=0, output=f"- EXPERIENCE ITEM: {lesson}", items=(lesson,), malformed=(),
-            )  # fmt: skip
-            store.add_extraction(found, round_.id)
-            store.add_item(lesson, extraction=found, round_id=round_.id)
-            low = 0.03 * place - 0.05
-            store.record_effect(
-                ItemEffect(item_id=item_id(lesson), round_id=round_.id, method="leave-one-out", env="doors",
-                           split="validation", effect=low + 0.1, low=low, high=low + 0.2, n=32)
-            )  # fmt: skip
-        places = tuple(KnowledgeItem(id=item_id(lesson), text=lesson) for lesson in lessons[number - 1 : number + 2])
-        body = "\n".join(f"- {place.text}" for place in places)
-        text = Knowledge(id=digest(body), items=places, text=body, tokens=20 * number)
-        text = store.add_knowledge(text, round_.id, parent.knowledge if parent else None)
-        run = RunRecord(
-            id=digest("run", number), round_id=round_.id, method="opcd", model="tiny", knowledge=text.id, folder="/f",
-            parent=parent.id if parent else None, seed=0, config={}, reason=BAD,
-            metrics=tuple({"step": s, "divergence": 0.5 / s} for s in range(1, 30)),
-        )  # fmt: skip
-        store.add_run(run)
-        store.add_episodes([episode(500 + number, text="")], round_id=round_.id, stage="train", run_id=run.id)
-        record = CheckpointRecord(
-            id=digest("checkpoint", number), model="tiny", path=f"/f/{BAD}", parent=run.parent, knowledge=text.id,
-            round_id=round_.id, run_id=run.id,
-        )  # fmt: skip
-        store.add_checkpoint(record)
-        for name, rate in (("bare", bare), ("in_context", context), ("distilled", after)):
-            store.add_evaluation(
-                EvaluationRecord(
-                    name=f"test/{name}", round_id=round_.id, checkpoint=record.id if name == "distilled" else None,
-                    knowledge=text.id if name == "in_context" else None, env="doors", split="test", n=100,
-                    successes=round(100 * rate), accuracy=rate, low=rate - 0.09, high=rate + 0.1, mean_score=rate,
-                )
-            )  # fmt: skip
-        better = after > bare + 0.05
-        store.set_checkpoint_status(
-            record.id, CheckpointStatus.PROMOTED if better else CheckpointStatus.REJECTED, "engrain", "judged"
-        )
-        verdict = "better on test tasks" if better else f"no better {BAD}"
-        state = {"consolidate": {"validation": {"10": 0.3, "20": rate}}}
-        store.update_round(round_.id, stage="judge", status=RoundStatus.FINISHED, verdict=verdict, state=state)
-        parent = record if better else parent
-    store.flag_item(item_id(LESSONS[3]), "instance-bound", note=BAD)
-    store.add_episodes([episode(900, turns=120, text=BAD, error=BAD, human=True)])
-    store.add_episodes([episode(2000 + n) for n in range(60)])
-    settings = {"play": {"episodes": 16}, "evaluation": {"test_tasks": 64}, "distill": {"steps": "many"}}
-    running = store.create_round(settings, 4, "tiny")
-    store.update_round(running.id, stage="play")
-    store.add_episodes([episode(950)], round_id=running.id, stage="play")
-    store.take_lease(lease_name("tiny"), "t", host="elsewhere", machine="elsewhere/1", pid=77, seconds=600)
 
 
 @pytest.fixture(scope="module")
 def furnished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("ui") / "store.db"
     with Store.open(str(path)) as store:
-        furnish(store)
+        furnish(store, BAD)
         store.settle()
     return path
 
@@ -172,15 +80,15 @@ def client(stranger: TestClient) -> TestClient:
 
 def pages(store: Store) -> list[str]:
     """The address of every kind of page."""
-    item, checkpoint = item_id(LESSONS[0]), digest("checkpoint", 2)
+    item, checkpoint = item_id(LESSONS[0]), checkpoint_id(2)
     return [
         "/", "/live", "/rounds", "/rounds/1", "/rounds/3", "/rounds/4", f"/rounds/{store.rounds()[0].id}",
         "/items", "/items?search=door&status=active&by=effect", "/items?flag=instance-bound", f"/items/{item}",
-        f"/items/{store.item_rows(search='seems')[0].id}", f"/items/{item_id(LESSONS[3])}", f"/items/{item}/retire",
+        f"/items/{store.item_rows(search='lamp')[0].id}", f"/items/{item_id(LESSONS[3])}", f"/items/{item}/retire",
         f"/items/{item}/restore", "/knowledge", "/knowledge/1", "/knowledge/3", "/knowledge/1/restore",
         "/diff?a=1&b=3", "/diff?a=2&b=2", "/episodes", "/episodes?world=doors/train&outcome=solved&round=1&stage=play",
         f"/episodes?checkpoint={checkpoint}", "/episodes?knowledge=1&world=nowhere/test",
-        f"/episodes/{digest('ui', 900)}", f"/episodes/{digest('ui', 900)}?turn=101", f"/episodes/{digest('ui', 100)}",
+        f"/episodes/{episode_id(900)}", f"/episodes/{episode_id(900)}?turn=101", f"/episodes/{episode_id(100)}",
         "/checkpoints", f"/checkpoints/{checkpoint}", "/nonesuch", "/items/zzz", "/rounds?limit=x",
     ]  # fmt: skip
 
@@ -269,16 +177,16 @@ def test_what_the_pages_say(client: TestClient, store: Store) -> None:
     item = Page(client.get(f"/items/{item_id(LESSONS[1])}").text).text
     assert "+0.08 (-0.02 to +0.18)" in item
     assert "version 1" in item
-    lineage = Page(client.get(f"/checkpoints/{digest('checkpoint', 2)}").text)
-    assert {"the base model", "knowledge 1", "knowledge 2", "1 episodes"} <= {
+    lineage = Page(client.get(f"/checkpoints/{checkpoint_id(2)}").text)
+    assert {"the base model", "knowledge 1", "knowledge 2", "2 episodes"} <= {
         line.strip() for line in lineage.text.split("\n")
     }
-    assert f"/checkpoints/{digest('checkpoint', 1)}" in [a["href"] for a in lineage.all("a")]
+    assert f"/checkpoints/{checkpoint_id(1)}" in [a["href"] for a in lineage.all("a")]
     assert "1 gained, 1 lost, 0 reworded" in Page(client.get("/diff?a=1&b=2").text).text
     diff = client.get("/diff?a=1&b=2").text
     assert re.search(r"<del>.*Read the whole recipe", diff)
     assert re.search(r"<ins>.*Boxes in a corner", diff)
-    replay = client.get(f"/episodes/{digest('ui', 900)}?turn=101").text
+    replay = client.get(f"/episodes/{episode_id(900)}?turn=101").text
     assert 'id="turn-120"' in replay
     assert 'id="turn-100"' not in replay
 
@@ -297,7 +205,7 @@ def test_nothing_is_shown_without_the_token(stranger: TestClient, store: Store) 
     for address in routes:
         answer = stranger.get(address)
         assert answer.status_code == 403, address
-        assert "tiny" not in answer.text
+        assert MODEL not in answer.text
         assert "set-cookie" not in answer.headers
     assert stranger.post(f"/items/{item_id(LESSONS[0])}/retire").status_code == 403
     assert stranger.get("/static/style.css").status_code == 200
@@ -398,19 +306,79 @@ def test_the_running_round_is_followed(client: TestClient, store: Store) -> None
     address = page.all("div")[0]["hx-get"] or ""
     assert client.get(address).status_code == 204
     number = store.rounds()[-1].id
-    store.add_episodes([episode(951)], round_id=number, stage="play")
+    store.add_episodes([episode(955)], round_id=number, stage="play")
     moved = client.get(address)
-    assert "2 episodes of at most 16, 1 solved" in Page(moved.text).text
+    assert "6 episodes of at most 16, 3 solved" in Page(moved.text).text
     store.update_round(number, stage="curate")
     states = [(a.get("class"), a.get("aria-current")) for a in Page(client.get("/live").text).all("li")][:6]
     assert states == [("done", None)] * 2 + [("now", "step")] + [("next", None)] * 3
-    store.drop_lease(lease_name("tiny"), "t")
+    store.drop_lease(lease_name(MODEL), "t")
     assert "nobody is at work on it" in Page(client.get("/live").text).text
-    store.take_lease(lease_name("tiny"), "t", host="h", machine="m", pid=1, seconds=-1)
+    store.take_lease(lease_name(MODEL), "t", host="h", machine="m", pid=1, seconds=-1)
     assert "nobody is at work on it" in Page(client.get("/live").text).text
     store.update_round(number, status=RoundStatus.STOPPED, verdict="enough")
     assert "No round is running" in client.get("/live").text
     assert client.get("/live?mark=none").status_code == 204
+
+
+def test_the_running_training_is_followed(client: TestClient, store: Store, tmp_path: Path) -> None:
+    running = begin_training(store, tmp_path, 0).round_id
+
+    def live() -> str:
+        return " ".join(Page(client.get("/live").text).text.split())
+
+    assert "no step is noted yet" in live()
+    assert "No step is noted yet." in Page(client.get("/rounds/4").text).text
+    (address,) = (a["hx-get"] or "" for a in Page(client.get("/live").text).all("div") if "hx-get" in a)
+    assert client.get(address).status_code == 204
+    write_history(tmp_path, 2)
+    write_history(tmp_path, 10)
+    assert client.get(address).status_code == 200
+    assert "step 10 of 12" in live()
+    assert "0.080 nats a token, from 0.800 at step 1; loss 0.090" in live()
+    store.add_episodes([episode(960 + n) for n in range(8)], round_id=running, stage="validation/step-000000")
+    store.add_episodes([episode(970 + n) for n in range(3)], round_id=running, stage="validation/step-000010")
+    assert re.search("validation, step 0 0.50, 4 of 8 solved validation, step 10 1 of 3 solved", live())
+    assert "validation/step" not in live()
+    page = Page(client.get("/rounds/4").text)
+    assert "10 of 12" in page.text
+    assert len(page.all("polyline")) == 1  # the divergence; one validation that is over is a point
+    assert page.all("circle")
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "", "[]", "{", "\x00", '{"history": 5}', '{"history": [1, null, "x"]}', "[" * 100_000,
+        '{"history": [{"step": "x", "divergence": NaN, "loss": 1e999}, {"step": 1, "divergence": [2]}]}',
+        '{"history": [{"step": 1, "divergence": 1' + "0" * 400 + "}]}",
+    ],
+)  # fmt: skip
+def test_a_history_that_makes_no_sense_harms_no_page(
+    client: TestClient, store: Store, tmp_path: Path, written: str
+) -> None:
+    begin_training(store, tmp_path, 1)
+    next(tmp_path.glob("*/*")).write_text(written)
+    for address in ("/", "/live", "/rounds/4"):
+        answer = client.get(address)
+        assert answer.status_code == 200
+        assert "nats a token," not in answer.text
+
+
+def test_the_pages_stand_on_postgresql_too(request: pytest.FixtureRequest, access: Access, tmp_path: Path) -> None:
+    with Store.open(request.getfixturevalue("postgres_url")) as store:
+        furnish(store, BAD)
+        begin_training(store, tmp_path, 3)
+        client = TestClient(make_app(store, access), base_url="http://127.0.0.1:8765", follow_redirects=False)
+        client.get("/?token=the-token")
+        wrong = pages(store)[-3:]
+        for address in pages(store):
+            assert (client.get(address).status_code == 200) == (address not in wrong), address
+        id_ = item_id(LESSONS[0])
+        for action, status in (("retire", "retired"), ("restore", "active")):
+            assert client.post(f"/items/{id_}/{action}", data=form(access)).status_code == 303
+            assert store.item(id_).status == status
+        assert [event.who for event in store.events(subject=id_)[-2:]] == ["Ada", "Ada"]
 
 
 def test_an_empty_store_has_pages_too(tmp_path: Path, access: Access) -> None:

@@ -12,97 +12,19 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from agent.episode import Episode, FinishReason, Message, SamplingParams, StopReason, Turn
-from envs.base import Split, Task
 from memory.normalise import item_id
-from memory.records import (
-    CheckpointRecord,
-    EvaluationRecord,
-    Extraction,
-    ItemEffect,
-    Knowledge,
-    KnowledgeItem,
-    RoundStatus,
-    RunRecord,
-    digest,
-)
 from memory.store import Store
+from tests.engrain.furnished import LESSONS, MODEL, begin_training, checkpoint_id, episode, episode_id, furnish
 
 playwright = pytest.importorskip("playwright.sync_api")
 uvicorn = pytest.importorskip("uvicorn", reason="needs the extra ui")
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium on the PATH")
-
-LESSONS = [
-    "Read the whole recipe before you take anything.",
-    "Open a closed door before you walk through it.",
-    "Two digits that add up to ten or more carry one: <b>count it</b>.",
-    "Push no box into a corner: it never comes out again.",
-    "Light the lamp before you go down.",
-]
-
-
-def episode(number: int) -> Episode:
-    turn = Turn(observation="You are in a kitchen. The door is closed.", action="open door", start=4, end=6,
-                finish_reason=FinishReason.STOP, feedback="The door is open.", reward=1.0)  # fmt: skip
-    return Episode(
-        id=digest("browser", number), task=Task.create("doors", Split.TRAIN, number, {}), turns=(turn, turn),
-        messages=(Message(role="system", content="You play."),), token_ids=(1,) * 6, prompt_length=3,
-        loss_mask=(False,) * 4 + (True,) * 2, logprobs=(0.0,) * 6, reward=1.0, score=1.0, success=bool(number % 3),
-        feedback="", stop_reason=StopReason.DONE, model="made-up", sampling=SamplingParams(), seconds=1.0,
-        started_at=datetime(2026, 1, 1, tzinfo=UTC) + timedelta(minutes=number),
-    )  # fmt: skip
-
-
-def furnish(store: Store) -> None:
-    """Three rounds that get better, and a fourth under way."""
-    parent = None
-    for number, rates in enumerate(((0.12, 0.61, 0.5), (0.5, 0.74, 0.69), (0.69, 0.84, 0.83)), 1):
-        round_ = store.create_round({}, number, "made-up")
-        store.add_episodes([episode(100 * number + n) for n in range(16)], round_id=round_.id, stage="play")
-        lessons = LESSONS[number - 1 : number + 2]
-        for place, lesson in enumerate(lessons):
-            found = Extraction(
-                id=digest(number, place), episode_id=digest("browser", 100 * number + place), model="made-up", seed=0,
-                checkpoint=None, mode="paper", prompt_version="1", output=lesson, items=(lesson,), malformed=(),
-            )  # fmt: skip
-            store.add_extraction(found, round_.id)
-            store.add_item(lesson, extraction=found, round_id=round_.id)
-            effect = ItemEffect(item_id=item_id(lesson), round_id=round_.id, method="leave-one-out", env="doors",
-                                split="validation", effect=0.05 * place + 0.02, low=0.05 * place - 0.06,
-                                high=0.05 * place + 0.1, n=64)  # fmt: skip
-            store.record_effect(effect)
-        places = tuple(KnowledgeItem(id=item_id(lesson), text=lesson) for lesson in lessons)
-        body = "\n".join(f"- {lesson}" for lesson in lessons)
-        text = store.add_knowledge(
-            Knowledge(id=digest(body), items=places, text=body, tokens=18 * number), round_.id,
-            parent.knowledge if parent else None,
-        )  # fmt: skip
-        run = RunRecord(id=digest("run", number), round_id=round_.id, method="opcd", model="made-up", seed=0,
-                        folder="/runs", config={}, knowledge=text.id, parent=parent.id if parent else None,
-                        metrics=tuple({"step": s, "divergence": 0.6 / s} for s in range(1, 41)))  # fmt: skip
-        store.add_run(run)
-        store.add_episodes([episode(500 + 10 * number)], round_id=round_.id, stage="train", run_id=run.id)
-        record = CheckpointRecord(id=digest("c", number), model="made-up", path=f"/runs/{number}", parent=run.parent,
-                                  knowledge=text.id, round_id=round_.id, run_id=run.id)  # fmt: skip
-        parent = store.add_checkpoint(record)
-        for name, rate in zip(("bare", "in_context", "distilled"), rates, strict=True):
-            store.add_evaluation(
-                EvaluationRecord(name=f"test/{name}", round_id=round_.id, env="doors", split="test", n=128,
-                                 checkpoint=parent.id if name == "distilled" else None, successes=round(128 * rate),
-                                 accuracy=rate, low=rate - 0.08, high=rate + 0.07, mean_score=rate)
-            )  # fmt: skip
-        store.promote(parent.id, why="better on test tasks")
-        store.update_round(round_.id, stage="judge", status=RoundStatus.FINISHED, verdict="better on test tasks")
-    running = store.create_round({"play": {"episodes": 16}}, 4, "made-up")
-    store.update_round(running.id, stage="play")
-    store.add_episodes([episode(900 + n) for n in range(5)], round_id=running.id, stage="play")
 
 
 class Served:
@@ -208,8 +130,8 @@ def test_light_and_dark_and_what_a_screen_reader_is_told(page: Any, served: Serv
     for scheme in ("light", "dark"):
         page.emulate_media(color_scheme=scheme)
         for name, address in {
-            "overview": "/", "rounds": "/rounds", "diff": "/diff?a=1&b=3", "lineage": f"/checkpoints/{digest('c', 3)}",
-            "episode": f"/episodes/{digest('browser', 100)}",
+            "overview": "/", "rounds": "/rounds", "diff": "/diff?a=1&b=3", "episode": f"/episodes/{episode_id(100)}",
+            "lineage": f"/checkpoints/{checkpoint_id(2)}",
         }.items():  # fmt: skip
             page.goto(served.url + address)
             picture(page, name if scheme == "light" else f"{name}-dark")
@@ -226,24 +148,34 @@ def test_light_and_dark_and_what_a_screen_reader_is_told(page: Any, served: Serv
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), address
     page.goto(served.url + "/rounds")
     assert page.get_by_role("table", name="Rounds, latest first").count() == 1
-    assert "Accuracy of made-up on test tasks" in page.locator("main").aria_snapshot()
+    assert f"Accuracy of {MODEL} on test tasks" in page.locator("main").aria_snapshot()
 
 
-def test_the_running_round_moves_by_itself(page: Any, store: Store) -> None:
+def test_the_running_round_moves_by_itself(page: Any, served: Served, store: Store, tmp_path: Path) -> None:
     page.get_by_text("5 episodes of at most 16").wait_for()
     running = store.rounds()[-1].id
-    store.add_episodes([episode(920)], round_id=running, stage="play")
+    store.add_episodes([episode(955)], round_id=running, stage="play")
     page.get_by_text("6 episodes of at most 16").wait_for()
+    page.focus("#live a")
+    assert page.locator("#said").text_content() == ""
     store.update_round(running, stage="extract")
     page.locator("li[aria-current=step]", has_text="reads its episodes").wait_for()
+    page.locator("#said", has_text="Round 4: extract").wait_for(state="attached")
+    assert page.evaluate("document.activeElement.id") == "live-round"  # what had the focus keeps it
+    begin_training(store, tmp_path, 3)
+    store.add_episodes([episode(960 + n) for n in range(8)], round_id=running, stage="validation/step-000000")
+    page.get_by_text("step 3 of 12").wait_for()
+    page.get_by_role("progressbar", name="training steps").wait_for()
+    page.get_by_text("0.50, 4 of 8 solved").wait_for()
     assert page.locator("#silence").is_hidden()
+    picture(page, "training")
 
 
 def test_a_server_that_is_gone_is_noticed(browser: Any, store: Store) -> None:
     other = Served(store)
     page = browser.new_page()
     page.goto(f"{other.url}/?token={other.access.token}")
-    page.get_by_text("is not over").wait_for()
+    page.get_by_text("is running").wait_for()
     other.stop()
     begun = time.monotonic()
     page.locator("#silence").wait_for(timeout=30_000)

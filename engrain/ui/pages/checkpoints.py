@@ -18,7 +18,9 @@ def list_checkpoints(site: TheSite) -> Response:
     """The checkpoints that training left, latest first."""
     current = {record.id for record in site.store.current_checkpoints()}
     records = site.store.checkpoints()
-    return site.page("checkpoints.html", records=records[: -LIMIT * 4 - 1 : -1], total=len(records), current=current)
+    shown = records[: -LIMIT * 4 - 1 : -1]
+    versions = site.versions(record.knowledge for record in shown)
+    return site.page("checkpoints.html", records=shown, total=len(records), current=current, versions=versions)
 
 
 @router.get("/checkpoints/{given}")
@@ -29,6 +31,7 @@ def show_checkpoint(site: TheSite, given: str) -> Response:
         "checkpoint.html",
         found=found,
         levels=list(_levels(found)),
+        versions=site.versions(e.knowledge for e in found.evaluations),
         events=site.store.events(subject=found.checkpoint.id, limit=LIMIT)[::-1],
     )
 

@@ -49,7 +49,16 @@ def list_episodes(
         "world": world, "outcome": outcome, "round": round_, "stage": stage, "checkpoint": checkpoint,
         "knowledge": knowledge,
     }  # fmt: skip
-    return site.page("episodes.html", rows=rows, tallies=tallies, chosen=chosen, before=before, limit=LIMIT)
+    worlds = {f"{tally.env}/{tally.split}": f"{tally.env} {tally.split}" for tally in tallies}
+    return site.page(
+        "episodes.html",
+        rows=rows,
+        versions=site.versions(row.knowledge for row in rows),
+        worlds=worlds,
+        chosen=chosen,
+        before=before,
+        limit=LIMIT,
+    )
 
 
 @router.get("/episodes/{given}")
@@ -59,6 +68,7 @@ def show_episode(site: TheSite, given: str, turn: Annotated[int, Query(ge=1, le=
     return site.page(
         "episode.html",
         episode=episode,
+        versions=site.versions([episode.knowledge]),
         first=turn,
         turns=episode.turns[turn - 1 : turn - 1 + LIMIT],
         limit=LIMIT,

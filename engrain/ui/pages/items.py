@@ -56,8 +56,9 @@ def show_item(site: TheSite, given: str) -> Response:
         "item.html",
         item=item,
         effects=effects,
+        versions=site.versions(e.knowledge for e in effects),
         chart=charts.effects(effects[-LIMIT:]) if effects else None,
         sources=item.sources[:LIMIT],
-        versions=site.store.knowledge_holding(item.id),
+        holding=site.store.knowledge_holding(item.id),
         events=site.store.events(subject=item.id, limit=LIMIT)[::-1],
     )
