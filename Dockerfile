@@ -1,4 +1,4 @@
-# One file, three images: `engrain` (loop and play), `engrain-gpu` (the same with CUDA), `vllm-cpu` (a model server
+# One file, three images: `engrain` (loop, dashboard and play), `engrain-gpu` (the loop with CUDA), `vllm-cpu` (a model server
 # without a GPU). Nothing runs as root, and the source tree's owner cannot be the process's user.
 
 FROM python:3.12.11-slim-bookworm AS base
@@ -19,7 +19,7 @@ COPY distill /src/distill
 COPY engrain /src/engrain
 COPY envs /src/envs
 COPY memory /src/memory
-RUN pip install /src && rm -rf /src
+RUN pip install '/src[ui]' && rm -rf /src
 USER 10001:10001
 ENTRYPOINT ["engrain"]
 

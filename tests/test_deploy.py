@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -69,8 +70,8 @@ def test_services_take_nothing_of_the_host(name: str) -> None:
 
 def test_the_password_is_a_secret_of_those_who_need_it() -> None:
     assert COMPOSE["secrets"] == {"postgres_password": {"file": "./secrets/postgres_password"}}
-    assert {n for n, s in SERVICES.items() if s.get("secrets")} == {"postgres", "loop", "loop-gpu", "play"}
-    for name in ("postgres", "loop", "loop-gpu", "play"):
+    assert {n for n, s in SERVICES.items() if s.get("secrets")} == {"postgres", "loop", "loop-gpu", "play", "ui"}
+    for name in ("postgres", "loop", "loop-gpu", "play", "ui"):
         files = [v for k, v in SERVICES[name]["environment"].items() if k.endswith("PASSWORD_FILE")]
         assert files == ["/run/secrets/postgres_password"]
     ignored = subprocess.run(
@@ -86,7 +87,8 @@ def test_services_start_in_order() -> None:
     assert needs["loop"] == {"postgres", "vllm-cpu"}
     assert needs["loop-gpu"] == {"postgres", "vllm"}
     assert needs["vllm"] == needs["vllm-cpu"] == {"fetch"}
-    assert needs["play"] == {"postgres"}
+    assert needs["play"] == needs["ui"] == {"postgres"}
+    assert SERVICES["ui"]["profiles"] == ["ui"]
     assert SERVICES["metrics"]["profiles"] == ["metrics"]
     for name in ("vllm", "vllm-cpu"):
         assert SERVICES[name]["environment"]["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "True"
@@ -281,3 +283,45 @@ def test_the_loop_of_the_compose_file_plays_a_round_and_leaves_when_told(
         assert sum(other.config == record.config for other in store.rounds()) == 1
         assert record.status in ("finished", "stopped")
         assert len(store.episode_rows(round_id=record.id, stage="play")) == 1
+
+
+def test_the_dashboard_of_the_compose_file_opens_for_the_token_alone(postgres: str, tmp_path: Path) -> None:
+    assert SERVICES["ui"]["hostname"] == "ui"  # what --host names is this very container
+    port = free_port()
+    words = command("ui", host="127.0.0.1", port=str(port))
+    check = [word.replace("//ui:8765/", f"//127.0.0.1:{port}/") for word in SERVICES["ui"]["healthcheck"]["test"]]
+    assert check[:2] == ["CMD", "python"]
+    assert str(port) in check[-1]
+    secret = tmp_path / "postgres_password"
+    secret.write_text("p@ss/word:1\n")
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "PYTHONUNBUFFERED": "1",  # as in the image
+        "ENGRAIN_HOME": str(tmp_path / "nothing"),
+        "ENGRAIN_STORE": postgres,
+        "ENGRAIN_STORE_PASSWORD_FILE": str(secret),
+    }
+    log = tmp_path / "ui.log"
+    with log.open("wb") as out:
+        ui = subprocess.Popen([sys.executable, "-m", "engrain", *words], env=environment, stdout=out, stderr=out)
+    try:
+        deadline = time.monotonic() + 120
+        while subprocess.run([sys.executable, *check[2:]], capture_output=True).returncode:
+            assert ui.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.2)
+        address = re.search(rf"http://127\.0\.0\.1:{port}/\?token=\S+", log.read_text())
+        assert address is not None, log.read_text()
+        with pytest.raises(urllib.error.HTTPError):
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=30)
+        browser = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())
+        with browser.open(address[0], timeout=30) as page:
+            assert page.status == 200
+            assert b"Engrain" in page.read()
+        ui.send_signal(signal.SIGTERM)
+        assert ui.wait(timeout=30) in (0, -signal.SIGTERM, 143)
+    finally:
+        ui.kill()
+        ui.wait()
+    assert "p@ss" not in log.read_text()
+    assert not (tmp_path / "nothing").exists()  # its volume is read-only
