@@ -32,7 +32,7 @@ class Told(Protocol):
     def waiting(self, arrived: int, left: float) -> None:
         """So many new episodes came, and so many seconds are left at least."""
 
-    def failed(self, error: EngrainError, pause: float) -> None:
+    def failed(self, error: EngrainError | OSError, pause: float) -> None:
         """A round was broken off; after so many seconds it goes on."""
 
 
@@ -173,11 +173,12 @@ def run_forever(
     while True:
         try:
             wanted = schedule.wait(store, config, check=check, tell=told.waiting, sleep=sleep)
-            play(wanted, fresh)
+            given_up, fresh = fresh, False  # once: what is broken off now is gone on with
+            play(wanted, given_up)
             clean()
-        except (UsageError, LoopReplacedError):
+        except (UsageError, LoopReplacedError, BrokenPipeError):
             raise
-        except EngrainError as error:
+        except (EngrainError, OSError) as error:
             failures += 1
             pause = min(PATIENCE * 2 ** (failures - 1), MOST_PATIENCE)
             told.failed(error, pause)
@@ -185,4 +186,4 @@ def run_forever(
                 check()
                 sleep(1.0)
         else:
-            failures, fresh = 0, False
+            failures = 0

@@ -64,7 +64,7 @@ class News:
         if self._metrics is not None:
             self._metrics.waiting(arrived)
 
-    def failed(self, error: EngrainError, pause: float) -> None:
+    def failed(self, error: EngrainError | OSError, pause: float) -> None:
         """A round failed for reasons outside; it will be tried again."""
         text = f"{error}; trying again in {pause:.0f} s"
         self._console.note(text)

@@ -193,9 +193,11 @@ def test_a_round_that_breaks_is_gone_on_with_and_a_fault_of_ours_ends_the_loop(s
 
     def play(config: ImproveConfig, fresh: bool) -> None:
         played.append((config.seed, fresh))
-        open_round(store, config)
-        if len(played) in (1, 2):
+        open_round(store, config, fresh=fresh)
+        if len(played) == 1:
             raise EngrainError("server gone")
+        if len(played) == 2:
+            raise OSError(28, "No space left on device")
         if len(played) == 5:
             raise LoopReplacedError("taken over")
         finish(store, config)
@@ -204,8 +206,9 @@ def test_a_round_that_breaks_is_gone_on_with_and_a_fault_of_ours_ends_the_loop(s
         run_forever(
             store, CONFIG, Schedule(), play, lambda: None, told=told, check=lambda: None, fresh=True, sleep=slept.append
         )
-    assert played == [(7, True), (7, True), (7, True), (8, False), (9, False)]
-    assert told.failures == [("server gone", 60), ("server gone", 120)]
+    assert played == [(7, True), (7, False), (7, False), (8, False), (9, False)]
+    assert [record.seed for record in store.rounds()] == [7, 8, 9]  # the one that broke was not given up
+    assert told.failures == [("server gone", 60), ("[Errno 28] No space left on device", 120)]
     assert len(slept) == 180
 
 
