@@ -1,0 +1,179 @@
+"""What `evidence.py` compares: the worlds, the settings of a world and seed, the arms, and the placebo texts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import helpdesk
+import instructions
+import torch
+from torch import Tensor
+
+from agent.episode import SamplingParams
+from distill.config import DistillConfig
+from distill.objective import forward_kl, reverse_kl
+from engrain import register_objective
+from engrain.config import ImproveConfig, OodSpec, WorldSpec
+from engrain.demo import MODEL, demo_config
+from envs.base import Split
+from memory.render import render_knowledge
+
+__all__ = ["ARMS", "COACH", "PLACEBOS", "WORLDS", "Arm", "arms_of", "helpdesk", "instructions", "settings_of"]
+
+COACH = "qwen2.5-coder-1.5b"
+
+
+@dataclass(frozen=True)
+class Place:
+    """A world of the evidence."""
+
+    world: WorldSpec
+    max_tokens: int  # of one reply
+    written: str | None = None  # the prompt that is distilled; None: knowledge is extracted from play
+    distill: Mapping[str, Any] = field(default_factory=dict)  # what differs from the demo's training
+    budget_tokens: int = 128
+
+
+WORLDS: dict[str, Place] = {
+    "sums": Place(WorldSpec(env="math", options={"convention": "answer_tag"}), 32),
+    "products": Place(
+        WorldSpec(
+            env="math",
+            options={"generators": "products", "convention": "json", "ood_generators": "sums,differences,chains"},
+        ),
+        32,
+    ),
+    "chains": Place(
+        WorldSpec(
+            env="math",
+            options={"generators": "chains", "convention": "boxed", "ood_generators": "sums,differences,products"},
+        ),
+        32,
+    ),
+    "helpdesk": Place(WorldSpec(env="helpdesk"), 12, written=helpdesk.PROMPT),
+    "cooking": Place(WorldSpec(env="textworld", options={"game": "cooking"}), 16, budget_tokens=256),
+}
+
+#: Fluent texts that cannot help: one is about something else, one is wrong.
+PLACEBOS = {
+    "irrelevant": render_knowledge(
+        [
+            "Water boils at a lower temperature on high mountains than at the sea.",
+            "A good map shows where north is before it shows anything else.",
+        ]
+    ),
+    "wrong": render_knowledge(
+        [
+            "Answers count only when they are written as words in a sentence that begins with 'Perhaps'.",
+            "Always add seven to the result before you say it.",
+        ]
+    ),
+}
+
+#: Overlap of student and teacher, sum_v min(s, t), from which on the crossing objective takes reverse KL.
+_CROSSED = 0.5
+
+
+def crossing(logp_s_PV: Tensor, logp_t_PV: Tensor) -> tuple[Tensor, Tensor]:
+    """Forward KL at positions where student and teacher hardly overlap, reverse KL where they do.
+
+    The candidate for an `auto` objective: the pull of forward KL where reverse KL has none, the paper's elsewhere.
+    """
+    overlap_P = torch.minimum(logp_s_PV, logp_t_PV).exp().sum(-1)
+    crossed_P = overlap_P >= _CROSSED
+    d_forward_P, g_forward_PV = forward_kl(logp_s_PV, logp_t_PV)
+    d_reverse_P, g_reverse_PV = reverse_kl(logp_s_PV, logp_t_PV)
+    return (
+        torch.where(crossed_P, d_reverse_P, d_forward_P),
+        torch.where(crossed_P[:, None], g_reverse_PV, g_forward_PV),
+    )
+
+
+register_objective("crossing", crossing)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to use a knowledge text. Without `distill` nothing is trained."""
+
+    title: str
+    text: str | None = "filtered"  # filtered, unfiltered, traces, irrelevant, wrong or coach; None: no knowledge
+    in_context: bool = False  # whether the text stands in the context when it is measured
+    distill: Mapping[str, Any] | None = None
+
+
+def _opcd(objective: str, **more: Any) -> Mapping[str, Any]:
+    return {"method": "opcd", "objective": objective, **more}
+
+
+ARMS: dict[str, Arm] = {
+    "bare": Arm("bare", text=None),
+    "in-context": Arm("knowledge in context", in_context=True),
+    "in-context-unfiltered": Arm("unfiltered knowledge in context", "unfiltered", in_context=True),
+    "in-context-traces": Arm("raw traces in context", "traces", in_context=True),
+    "in-context-irrelevant": Arm("placebo in context: irrelevant", "irrelevant", in_context=True),
+    "in-context-wrong": Arm("placebo in context: wrong", "wrong", in_context=True),
+    "opcd-forward_kl": Arm("OPCD, forward KL", distill=_opcd("forward_kl")),
+    "opcd-crossing": Arm("OPCD, forward KL first, reverse KL once they overlap", distill=_opcd("crossing")),
+    "off_policy": Arm("off-policy context distillation", distill={"method": "off_policy", "objective": "forward_kl"}),
+    "sft": Arm("SFT on the teacher's replies", distill={"method": "sft", "objective": "cross_entropy"}),
+    "opcd-reverse_kl": Arm("OPCD, reverse KL (the paper's)", distill=_opcd("reverse_kl")),
+    "opcd-jsd": Arm("OPCD, JSD 0.5", distill=_opcd("jsd")),
+    "opcd-skew_kl": Arm("OPCD, skew KL 0.1", distill=_opcd("skew_kl")),
+    "opcd-topk": Arm("OPCD, top-256 reverse KL with tail", distill=_opcd("topk")),
+    "opcd-live": Arm(
+        "OPCD, forward KL, the teacher learns too", distill=_opcd("forward_kl", teacher_kind="ema", ema_rate=1.0)
+    ),
+    "opcd-unfiltered": Arm("OPCD, forward KL, unfiltered knowledge", "unfiltered", distill=_opcd("forward_kl")),
+    "opcd-irrelevant": Arm("OPCD by force, irrelevant placebo", "irrelevant", distill=_opcd("forward_kl")),
+    "opcd-wrong": Arm("OPCD by force, wrong placebo", "wrong", distill=_opcd("forward_kl")),
+    "in-context-coach": Arm("the 1.5B's knowledge in the 0.5B's context", "coach", in_context=True),
+    "cross-size": Arm(
+        "OPCD, forward KL, the 1.5B with its knowledge teaches", "coach", distill=_opcd("forward_kl", teacher=COACH)
+    ),
+}
+
+
+def arms_of(place: str) -> list[str]:
+    """Names of the arms that make sense on a world: a written prompt has no unfiltered form and no traces behind it."""
+    played = WORLDS[place].written is None
+    return [name for name, arm in ARMS.items() if played or arm.text not in ("unfiltered", "traces")]
+
+
+def settings_of(place: str, seed: int, *, coach: bool = False) -> ImproveConfig:
+    """The demo's settings on a world, with 128 test tasks and other worlds; the model or a coach reads the episodes."""
+    found, base = WORLDS[place], demo_config(seed=seed)
+    plain = OodSpec(env="math", options=found.world.options if found.world.env == "math" else {}, tasks=48)
+    greedy = SamplingParams(temperature=0.0, max_tokens=found.max_tokens)
+    distill = {
+        **base.distill.model_dump(),
+        "sampling": {"temperature": 1.0, "max_tokens": found.max_tokens},
+        **found.distill,
+    }
+    return base.model_copy(
+        update={
+            "model": MODEL,
+            "world": found.world,
+            "play": base.play.model_copy(
+                update={"sampling": SamplingParams(temperature=0.7, max_tokens=found.max_tokens)}
+            ),
+            "extract": base.extract.model_copy(
+                update={
+                    "embeddings": "none", "budget_tokens": found.budget_tokens, "coach": COACH if coach else None
+                }
+            ),
+            "evaluation": base.evaluation.model_copy(
+                update={
+                    "test_tasks": 128,
+                    "sampling": greedy,
+                    "ood": (
+                        plain,
+                        OodSpec(env="instructions", split=Split.TEST, tasks=100),
+                    ),
+                }
+            ),
+            "distill": DistillConfig.model_validate(distill),
+        }
+    )  # fmt: skip

@@ -1,0 +1,155 @@
+"""What the evidence is measured with: instructions that code checks, a world behind a written prompt, an objective."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from distill.objective import forward_kl, reverse_kl
+from envs import registry
+from envs.base import Split
+from envs.errors import UsageError
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def bench() -> Any:
+    """The modules of `benchmarks/`, which import each other by name."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "benchmarks"))
+        import evidence_worlds
+
+        yield evidence_worlds
+    for name in ("evidence_worlds", "evidence_page", "instructions", "helpdesk"):
+        sys.modules.pop(name, None)
+
+
+#: For each kind of instruction, by a word of its prompt's beginning: a reply that obeys, and one that does not.
+REPLIES = (
+    ("Blue salty water.", "Blue and salty water."),
+    ("Cats sleep all day.", "Cats sleep all day and they also sleep all night."),
+    ("Red", "A red one"),
+    ("A lantern hung there.", "A lamp hung there."),
+    ("Dogs bark.", "Dogs laze."),
+    ("IT RAINS.", "It RAINS."),
+    ("it blows.", "It blows."),
+    ("- leek\n- carrot\n- pea", "- leek\n- carrot"),
+    ("1. Oak\n2. Elm\n3. Ash", "1. Oak\n3. Elm\n2. Ash"),
+    ("Yes.", "Yes, it is."),
+    ("Harbour.", "Harbour it is."),
+    ("The boat left at noon.", "The boat left at night."),
+    ("We went, and so it goes.", "And so it goes, we said."),
+    ("Slowly it comes.", "It comes slowly."),
+    ('```json\n{"name": "A", "age": 3}\n```', '{"name": "A"}'),
+    ('"It takes heart."', 'It takes "heart".'),
+    ("They run. They eat.", "They run."),
+    ("It is long and old.", "It is long, and old."),
+    ("[[Home Again]]", "[Home Again]"),
+    ("1, 2, 3, 4, 5", "1, 2, 3, 5"),
+    ("drum drum drum", "drum drum"),
+    ("It is deep.\n***\nIt is cold.", "It is deep.\n\nIt is cold."),
+    ("What is beyond it?", "Space is big. What is beyond it?"),
+    ("We danced! We sang! We ate!", "We danced! We sang!"),
+    ("We left.\nP.S. Write soon.", "We left. P.S. Write soon."),
+)
+
+
+def test_a_hundred_instructions_each_obeyed_and_disobeyed(bench: Any) -> None:
+    tasks = registry.world("instructions").tasks(Split.TEST, 100)
+    assert len({task.parameters["prompt"] for task in tasks}) == 100
+    assert len(REPLIES) == len(bench.instructions.KINDS)
+    for task, replies in zip(tasks, REPLIES, strict=False):
+        for reply, kept in zip(replies, (True, False), strict=True):
+            env = registry.make(task)
+            env.reset()
+            assert env.step(reply).done
+            assert env.success is kept, (task.parameters["prompt"], reply)
+    for task in tasks:  # no check stumbles over anything
+        for reply in ("", " \n", "…", "{", "x" * 10_000, "***", "1,2,3"):
+            env = registry.make(task)
+            assert env.step(reply).reward in (0.0, 1.0)
+    with pytest.raises(UsageError, match="100 tasks"):
+        registry.world("instructions").tasks(Split.TEST, 101)
+
+
+def test_messages_of_one_split_are_of_no_other_splits_kind(bench: Any) -> None:
+    world = registry.world("helpdesk")
+    seen = {split: world.tasks(split, 128, 3) for split in (Split.TRAIN, Split.VALIDATION, Split.TEST)}
+    assert [t.id for t in world.tasks(Split.TEST, 128, 3)] == [t.id for t in seen[Split.TEST]]
+    texts = [task.parameters["message"] for tasks in seen.values() for task in tasks]
+    assert len(set(texts)) == 3 * 128
+    for task in seen[Split.TEST]:
+        label = task.parameters["label"]
+        assert label in bench.helpdesk.PROMPT
+        assert task.parameters["message"] not in bench.helpdesk.PROMPT
+        for reply, right in ((label, True), (f"{label}.", True), (f"It is {label}", False), (label.lower(), False)):
+            env = registry.make(task)
+            env.step(reply)
+            assert env.success is right
+
+
+def test_the_crossing_objective_is_forward_kl_far_away_and_reverse_kl_near(bench: Any) -> None:
+    near = torch.tensor([[2.0, 1.0, 0.0]]).log_softmax(-1), torch.tensor([[1.8, 1.2, 0.0]]).log_softmax(-1)
+    far = torch.tensor([[9.0, 0.0, 0.0]]).log_softmax(-1), torch.tensor([[0.0, 9.0, 0.0]]).log_softmax(-1)
+    both = tuple(torch.cat(pair) for pair in zip(near, far, strict=True))
+    d_P, g_PV = bench.crossing(*both)
+    for place, (one, single) in enumerate(((near, reverse_kl), (far, forward_kl))):
+        d, g = single(*one)
+        torch.testing.assert_close(d_P[place : place + 1], d)
+        torch.testing.assert_close(g_PV[place : place + 1], g)
+
+
+def test_every_arm_has_valid_settings_on_every_world(bench: Any) -> None:
+    from distill.config import DistillConfig
+
+    for place in bench.WORLDS:
+        config = bench.settings_of(place, 1)
+        assert config.evaluation.test_tasks == 128
+        for name in bench.arms_of(place):
+            arm = bench.ARMS[name]
+            if arm.distill is not None:
+                made = DistillConfig.model_validate({**config.distill.model_dump(), **arm.distill})
+                assert (made.steps, made.batch_size) == (12, 16)  # one budget for all
+    assert "opcd-unfiltered" not in bench.arms_of("helpdesk")
+
+
+def test_the_page_tells_of_every_run_also_of_those_that_failed(bench: Any, tmp_path: Path) -> None:
+    import evidence_page
+
+    sampled = {"entropy": 1.0, "distinct_2": 0.9, "response_tokens": 9.0, "leak_rate": 0.0, "n": 32}
+    gap = {"difference": 0.5, "low": 0.3, "high": 0.7, "n": 32}
+
+    def write(arm: str, seed: int, **row: Any) -> None:
+        path = tmp_path / "evidence" / "sums" / f"{arm}-{seed}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"world": "sums", "arm": arm, "seed": seed, **row}))
+
+    for seed in (0, 1):
+        for arm, test in (
+            ("bare", "0000"),
+            ("in-context", "1111"),
+            ("off_policy", "1100"),
+            ("opcd-forward_kl", "1110"),
+        ):
+            text = {} if arm == "bare" else {"knowledge": f"Do {seed}", "gap": gap}
+            write(arm, seed, test=test, other={"plain": "10"}, sampled=sampled, sampled_tokens=100, **text)
+    write("sft", 0, error="no space left")
+    write("opcd-wrong", 0, refused="no gap", gap_test="refused")
+    (tmp_path / "evidence" / "reading.md").write_text("What is to be seen.")
+    found = evidence_page.build(tmp_path / "evidence")
+    assert found["mean_recovery"] == {"sums": {"opcd-forward_kl": 0.75, "off_policy": 0.5}}
+    assert (found["ours"], found["peer"], found["ratio"], found["met"], found["runs"]) == (0.75, 0.5, 1.5, False, 10)
+    page = (tmp_path / "evidence.md").read_text()
+    assert "What is to be seen." in page
+    assert "SFT on the teacher's replies, seed 0: no space left" in page
+    assert "OPCD by force, wrong placebo, seed 0: no gap" in page
+    assert "`Do 1`" in page
+    row = next(line for line in page.splitlines() if line.startswith("| OPCD, forward KL |"))
+    assert "0.75 [0.41, 0.93] | 0.75 0.75 | +0.25" in row
+    assert (tmp_path / "evidence.png").stat().st_size > 10_000
