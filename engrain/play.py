@@ -230,6 +230,36 @@ class AgentMatch(Match):
         """A suggestion as text."""
         return self.plan.renderer.decode(suggestion.token_ids)
 
+    def supposing(self, suggestion: Completion) -> Episode:
+        """The episode so far, and this reply to the world's last words as if it had been said."""
+        so_far, ids = self._game.episode(StopReason.INTERRUPTED, None), suggestion.token_ids
+        start = len(so_far.token_ids)
+        turn = Turn(
+            observation=self.observation.text,
+            action=self.text_of(suggestion),
+            start=start,
+            end=start + len(ids),
+            finish_reason=suggestion.finish_reason,
+            choices=self._game.choices,
+        )
+        return so_far.model_copy(
+            update={
+                "token_ids": so_far.token_ids + ids,
+                "loss_mask": so_far.loss_mask + (suggestion.exact,) * len(ids),
+                "logprobs": so_far.logprobs + suggestion.logprobs,
+                "turns": (*so_far.turns, turn),
+            }
+        )
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """A time that does not count as the episode's."""
+        before = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._game.clock += time.perf_counter() - before
+
     def play(self, reply: str | Completion) -> Step:
         """Say what was suggested, or a person's own words, and hear the world's answer."""
         if isinstance(reply, str):

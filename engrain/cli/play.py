@@ -36,9 +36,10 @@ from engrain.cli.common import (
     world_options,
 )
 from engrain.cli.play_input import Keyboard
+from engrain.cli.play_looks import Closer
 from engrain.cli.play_menu import pick_seat, pick_world
 from engrain.cli.play_screen import Labelled, Plain, Screen
-from engrain.cli.play_sitting import Closer, Sitting
+from engrain.cli.play_sitting import Sitting
 from engrain.compare import Arm, arms_of, newest_checkpoint, newest_knowledge, parent_of
 from engrain.play import LeftError
 from envs import registry
@@ -77,11 +78,9 @@ def command(
         bool, typer.Option("--compare", help="The same games bare, with the knowledge, and distilled.")
     ] = False,
     gap: Annotated[
-        bool, typer.Option("--gap", help="Afterwards, how much likelier the knowledge makes each token.")
+        bool, typer.Option("--gap", help="How much likelier the knowledge makes each token of a reply.")
     ] = False,
-    why: Annotated[
-        bool, typer.Option("--why", help="Afterwards, which items of the knowledge moved the reply.")
-    ] = False,
+    why: Annotated[bool, typer.Option("--why", help="Which items of the knowledge moved a reply.")] = False,
     model: ModelOption = DEFAULT_MODEL,
     checkpoint: Annotated[str | None, typer.Option(help="Checkpoint id from the store, or a folder.")] = None,
     knowledge: Annotated[
@@ -158,7 +157,6 @@ def command(
                 arms = arms_of(text, weights, parent) if compare else []
                 looked_at = _looked_at(opened, asked, text) if gap or why else None
                 with open_sampler(model, engine, base_url) as sampler:
-                    check_room(sampler, text)
                     check_room(sampler, text)
                     closer = _closer(asked, looked_at, sampler) if looked_at else None
                     if compare:

@@ -44,6 +44,7 @@ class Screen(ABC):
         self.quiet = console.quiet
         self.explained = False  # the legend of the colours was shown
         self.seated = False  # somebody is at the keyboard, and sees what is chosen there
+        self.told = False  # replies are shown as soon as they are chosen
 
     # -- what the styles differ in ----------------------------------------------------------------------------------
 
@@ -95,9 +96,8 @@ class Screen(ABC):
 
     def moved(self, match: Match, turn: Turn, step: Step, seconds: float, human: bool) -> None:
         """A reply was given and answered."""
-        tokens = turn.end - turn.start
-        if not self.seated:
-            self.replied("agent", turn.action, f"{seconds:.1f} s, {count(tokens, 'token')}")
+        if not self.seated and not self.told:
+            self.thought(turn.action, seconds, turn.end - turn.start)
         if match.ended is None:
             self._turn(match)
         self.heard(step.observation, last=match.ended is not None)
@@ -112,6 +112,10 @@ class Screen(ABC):
     def replied(self, who: str, text: str, note: str = "") -> None:
         """A reply as it went to the world."""
         self.say(who, text or "(nothing)", note)
+
+    def thought(self, text: str, seconds: float, tokens: int) -> None:
+        """The agent's reply, and what it took."""
+        self.replied("agent", text, f"{seconds:.1f} s, {count(tokens, 'token')}")
 
     def over(self, episode: Episode, new: bool) -> None:
         """The game is over and its episode stored; `new` says whether it was not there yet."""

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agent.engines.base import Completion, Engine
@@ -15,33 +14,17 @@ from agent.game import Plan
 from agent.renderer import Renderer
 from engrain.cli.common import fingerprint
 from engrain.cli.play_input import Keyboard
-from engrain.cli.play_screen import Screen, count
-from engrain.cli.play_views import show_comparison, show_gap, show_influence, show_totals
+from engrain.cli.play_looks import Closer, Look, load
+from engrain.cli.play_screen import Screen
+from engrain.cli.play_views import show_comparison, show_totals
 from engrain.compare import Arm
-from engrain.influence import MOST_ITEMS, influence, parts
 from engrain.play import AgentMatch, HumanMatch, Match, play_match, solved
-from engrain.tokengap import token_gap
 from envs.base import Step, Task
-from memory.records import CheckpointRecord, Knowledge
+from memory.records import CheckpointRecord
 from memory.store import Store
 
 if TYPE_CHECKING:
     from agent.episode import Turn
-    from engrain.scoring import Scorer
-
-
-@dataclass(frozen=True)
-class Closer:
-    """What is looked at after each of the agent's games.
-
-    `against` is the text that the teacher reads and whose items are left out; `name` is what people call it.
-    """
-
-    scorer: Scorer
-    against: Knowledge
-    name: str
-    gap: bool = False
-    why: bool = False
 
 
 @dataclass
@@ -93,10 +76,11 @@ class Sitting:
         for task in tasks:
             self.screen.opening(task, self.seed, f"{who} ({engine.model}, {arm.name})")
             match = AgentMatch(task, self._plan(engine, arm, sampling), self._namespace(engine, arm, sampling))
-            episode = self._play(match, self._chooser(keyboard), self.screen)
+            look = closer.following(self.screen, arm, teacher) if closer and not self.screen.quiet else None
+            episode = self._play(match, self._chooser(keyboard, look=look), self.screen)
             if episode is None:
                 break
-            found = {} if self.left else self._closer(episode, closer, arm, teacher)
+            found = closer.look(self.screen, episode, arm, teacher) if closer and not (self.left or look) else {}
             self.facts.append({**episode.model_dump(mode="json"), **found})
             played.append(episode)
             if self.left:
@@ -133,7 +117,11 @@ class Sitting:
                 if self.left or closer is None:
                     break
                 load(engine, arm.checkpoint)
-                more[name] = self._closer(episode, closer, arm, arms[0].checkpoint, one_of_many=True)
+                try:  # which items moved it is asked of the one that read them
+                    moved = arm.knowledge is not None
+                    more[name] = closer.look(self.screen, episode, arm, arms[0].checkpoint, who=name, why=moved)
+                except KeyboardInterrupt:
+                    self.left = True
             arms_facts = {name: {**e.model_dump(mode="json"), **more.get(name, {})} for name, e in found}
             self.facts.append({"task": task.id, "seed": self.seed, "arms": arms_facts})
             if self.left:
@@ -162,55 +150,28 @@ class Sitting:
         if len(played) > 1:
             self.screen.heading(f"{solved(played)} of {len(played)} solved")
 
-    def _chooser(self, keyboard: Keyboard | None, name: str = "the agent") -> Callable[[Match], str | Completion]:
+    def _chooser(
+        self, keyboard: Keyboard | None, name: str = "the agent", look: Look | None = None
+    ) -> Callable[[Match], str | Completion]:
+        self.screen.told = look is not None
+
         def choose(match: Match) -> str | Completion:
             assert isinstance(match, AgentMatch)  # noqa: S101 - made above
+            before = time.perf_counter()
             with self.screen.waiting(f"{name} thinks, turn {len(match.turns) + 1} of {match.max_turns}"):
                 suggestion = match.suggest()
+            if look is not None:
+                if keyboard is None:
+                    seconds = time.perf_counter() - before
+                    self.screen.thought(match.text_of(suggestion), seconds, len(suggestion.token_ids))
+                with match.aside():
+                    look(match.supposing(suggestion))
             if keyboard is None:
                 return suggestion
             own = keyboard.reply(match, match.text_of(suggestion))
             return suggestion if own is None else own
 
         return choose
-
-    def _closer(
-        self,
-        episode: Episode,
-        closer: Closer | None,
-        arm: Arm,
-        teacher: CheckpointRecord | None,
-        *,
-        one_of_many: bool = False,
-    ) -> dict[str, Any]:
-        """The views that were asked for, of one finished game; what they found, for JSON.
-
-        Of the arms of a comparison only the one that read the knowledge is asked which items moved it.
-        """
-        if closer is None or not any(any(episode.loss_mask[t.start : t.end]) for t in episode.turns):
-            return {}
-        found: dict[str, Any] = {}
-        who = arm.name if one_of_many else "the agent"
-        try:
-            if closer.gap:
-                with self.screen.waiting("scoring with and without the knowledge, 2 forwards"):
-                    gaps = token_gap(
-                        closer.scorer,
-                        episode,
-                        closer.against.text,
-                        lambda: _teaching(closer.scorer.engine, teacher, arm.checkpoint),
-                    )
-                show_gap(self.screen, gaps, closer.name, who)
-                found["gap"] = [gap.facts() for gap in gaps]
-            if closer.why and (arm.knowledge is not None or not one_of_many):
-                forwards = 1 + min(MOST_ITEMS, len(parts(closer.against)))
-                with self.screen.waiting(f"leaving out one item after another, {count(forwards, 'forward')}"):
-                    moved = influence(closer.scorer, episode, closer.against)
-                show_influence(self.screen, moved, closer.name, who)
-                found["influence"] = moved.facts()
-        except KeyboardInterrupt:
-            self.left = True
-        return found
 
     def _plan(self, engine: Engine, arm: Arm, sampling: SamplingParams) -> Plan:
         return Plan(
@@ -252,21 +213,3 @@ class _Quietly:
 
     def moved(self, match: Match, turn: Turn, step: Step, seconds: float, human: bool) -> None:
         """Shown when all have played."""
-
-
-def load(engine: Engine, checkpoint: CheckpointRecord | None) -> None:
-    """Let the engine sample from these weights, unless it does already; None is the base model."""
-    wanted = checkpoint.id if checkpoint else None
-    if engine.checkpoint != wanted:
-        engine.load(Path(checkpoint.path) if checkpoint else None)
-        engine.checkpoint = wanted
-
-
-@contextmanager
-def _teaching(engine: Engine, teacher: CheckpointRecord | None, student: CheckpointRecord | None) -> Iterator[None]:
-    """A time in which the engine has the teacher's weights; the student's own afterwards."""
-    load(engine, teacher)
-    try:
-        yield
-    finally:
-        load(engine, student)

@@ -27,9 +27,10 @@ _SHOWN = 5  # tokens, or items, that are named with their numbers
 _NARROWEST = 30  # columns of one arm side by side
 
 
-def show_gap(screen: Screen, replies: Sequence[ReplyGap], teacher: str, who: str) -> None:
-    """The gap of every reply: colour or marks where the terminal has it, and the largest as numbers always."""
-    screen.heading(f"{who}, token by token: log p with {teacher} minus log p without")
+def show_gap(screen: Screen, replies: Sequence[ReplyGap], teacher: str, who: str, *, headed: bool = True) -> None:
+    """The gap of these replies: colour or marks where the terminal has it, and the largest as numbers always."""
+    if headed:
+        screen.heading(f"{who}, token by token: log p with {teacher} minus log p without")
     for reply in replies:
         name = f"reply {reply.turn}"
         if isinstance(screen, Labelled):
@@ -125,13 +126,16 @@ def _lines(cells: Sequence[tuple[str, int]], width: int) -> Iterator[list[tuple[
         yield line
 
 
-def show_influence(screen: Screen, found: Influence, knowledge: str, who: str) -> None:
-    """For each reply the items that moved it most."""
-    screen.heading(f"{who}, item by item: log p with all of {knowledge} minus log p without the item")
-    beyond = f" of {len(found.items) + found.untried}" if found.untried else ""
-    tried = f"the first {len(found.items)}{beyond} items" if beyond else count(len(found.items), "item")
-    screen.facts(f"{tried} left out in turn", count(found.forwards, "forward"), style="dim")
-    for place, turn in enumerate(found.turns):
+def show_influence(
+    screen: Screen, found: Influence, knowledge: str, who: str, *, since: int = 0, headed: bool = True
+) -> None:
+    """For each reply, from the place `since` on, the items that moved it most."""
+    if headed:
+        screen.heading(f"{who}, item by item: log p with all of {knowledge} minus log p without the item")
+        beyond = f" of {len(found.items) + found.untried}" if found.untried else ""
+        tried = f"the first {len(found.items)}{beyond} items" if beyond else count(len(found.items), "item")
+        screen.facts(f"{tried} left out in turn", count(found.forwards, "forward"), style="dim")
+    for place, turn in list(enumerate(found.turns))[since:]:
         screen.facts(f"reply {turn}", f"log p with all {found.logprobs[place]:.2f}", style="bold")
         moved = found.of(place)
         screen.entries([(f"{change:+.2f}", item.text) for item, change in moved[:_SHOWN]])

@@ -13,13 +13,16 @@ from rich.console import Console
 
 from agent.engines.transformers import TransformersEngine
 from agent.episode import Episode, SamplingParams
+from agent.game import Plan
 from agent.renderer import Renderer
 from agent.rollout import play
+from engrain.cli.play_looks import Closer
 from engrain.cli.play_screen import Labelled, Plain
 from engrain.cli.play_views import painted, show_comparison, show_gap, show_influence
-from engrain.compare import arms_of, newest_checkpoint, newest_knowledge, parting
+from engrain.compare import Arm, arms_of, newest_checkpoint, newest_knowledge, parting
 from engrain.errors import NothingSampledError, NothingToCompareError
 from engrain.influence import influence, parts
+from engrain.play import AgentMatch, Match, play_match
 from engrain.scoring import Scorer
 from engrain.tokengap import ReplyGap, TokenGap, pieces, token_gap
 from envs.base import Env, Observation, Split, Step, Task
@@ -162,6 +165,55 @@ def test_the_influence_of_an_item_is_the_replys_change_without_it(
     assert sizes == sorted(sizes, reverse=True)
     bounded = influence(Scorer(engine), episode, knowledge, most=2)
     assert (bounded.forwards, bounded.untried, len(bounded.items)) == (3, 1, 2)
+
+
+def test_a_reply_is_looked_at_before_it_is_said(engine: TransformersEngine, knowledge: Knowledge) -> None:
+    out = io.StringIO()
+    screen = Labelled(Console(file=out, width=80))
+    closer = Closer(Scorer(engine), knowledge, "knowledge 3", gap=True, why=True)
+    look = closer.following(screen, Arm("bare"), None)
+    before = []
+
+    def choose(match: Match) -> Any:
+        assert isinstance(match, AgentMatch)
+        suggestion = match.suggest()
+        supposed = match.supposing(suggestion)
+        before.append(
+            (token_gap(closer.scorer, supposed, knowledge.text), influence(closer.scorer, supposed, knowledge))
+        )
+        with match.aside():
+            look(supposed)
+        return suggestion
+
+    plan = Plan(engine, Renderer(engine.tokenizer), SamplingParams(max_tokens=6))
+    match = AgentMatch(Task.create("chat", Split.TRAIN, 1, {}), plan, "n", Chat)
+    kept: list[Episode] = []
+    play_match(match, choose, screen, kept.append)
+    gaps, moved = token_gap(closer.scorer, kept[0], knowledge.text), influence(closer.scorer, kept[0], knowledge)
+    assert [seen[0][-1].turn for seen in before] == [gap.turn for gap in gaps] == [1, 2]
+    for place, (seen_gaps, seen_moved) in enumerate(before):
+        assert [token.text for token in seen_gaps[-1].tokens] == [token.text for token in gaps[place].tokens]
+        assert [token.gap for token in seen_gaps[-1].tokens] == pytest.approx(
+            [token.gap for token in gaps[place].tokens], abs=1e-4
+        )
+        assert [item.changes[-1] for item in seen_moved.items] == pytest.approx(
+            [item.changes[place] for item in moved.items], abs=1e-3
+        )
+    shown = out.getvalue()
+    assert shown.count("token by token") == shown.count("item by item") == 1
+    assert [shown.count(f"log p with all {logprob:.2f}") >= 1 for logprob in moved.logprobs] == [True, True]
+    assert shown.index("reply 1") < shown.index("and then?") < shown.index("reply 2")
+
+
+def test_a_look_that_fails_says_so_once_and_the_game_goes_on(engine: TransformersEngine) -> None:
+    out = io.StringIO()
+    text = "Say yes. " * 1000
+    closer = Closer(Scorer(engine), Knowledge(id="x", items=(), text=text, tokens=0), "rules.txt", gap=True)
+    look = closer.following(Plain(Console(file=out)), Arm("bare"), None)
+    episode = played(engine)
+    look(episode)
+    look(episode)
+    assert out.getvalue().count("No closer look at this game: the teacher would read") == 1
 
 
 def test_what_is_left_without_an_item(knowledge: Knowledge) -> None:
