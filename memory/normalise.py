@@ -27,6 +27,16 @@ def normalised(text: str) -> str:
     return text.rstrip(".!?;:, ") or text
 
 
+@lru_cache(maxsize=1 << 16)
+def _anchors(text: str) -> frozenset[str]:
+    return frozenset(ANCHOR.findall(text))
+
+
+@lru_cache(maxsize=1 << 16)
+def _words(text: str) -> frozenset[str]:
+    return frozenset(WORD.findall(text)) - ARTICLES
+
+
 def item_id(text: str) -> str:
     """The id that all spellings of one line share."""
     return digest(normalised(text))
@@ -34,7 +44,7 @@ def item_id(text: str) -> str:
 
 def same_anchors(a: str, b: str) -> bool:
     """Whether two lines hold the same markup, numbers and negations."""
-    return set(ANCHOR.findall(normalised(a))) == set(ANCHOR.findall(normalised(b)))
+    return _anchors(normalised(a)) == _anchors(normalised(b))
 
 
 def similarity(a: str, b: str) -> float:
@@ -42,7 +52,7 @@ def similarity(a: str, b: str) -> float:
     if not same_anchors(a, b):
         return 0.0
     a, b = normalised(a), normalised(b)
-    words_a, words_b = set(WORD.findall(a)) - ARTICLES, set(WORD.findall(b)) - ARTICLES
+    words_a, words_b = _words(a), _words(b)
     if not words_a or not words_b:
         return float(a == b)
     return len(words_a & words_b) / len(words_a | words_b)
