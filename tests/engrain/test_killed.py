@@ -26,6 +26,7 @@ from typing import Any
 
 import pytest
 
+from distill.monitor import GuardConfig
 from engrain.config import ImproveConfig
 from engrain.rounds import open_round
 from memory.columns import unpack_logprobs
@@ -269,9 +270,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory, tiny_model: Any, tiny_tokeni
                 "save_every": 4,
                 "sampling": {"temperature": 1.0, "max_tokens": 2},
                 "lora": {"rank": 8},
-                "guard": dict.fromkeys(
-                    ("rising_steps", "min_entropy_ratio", "min_distinct_ratio", "min_length_ratio"), None
-                ),
+                "guard": {name: None for name in GuardConfig.model_fields if name != "warmup_steps"},
             },
         }
     )
