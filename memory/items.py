@@ -223,20 +223,23 @@ class ItemTable(Database):
         if duplicate == into:
             raise UsageError(f"item {into} cannot be merged into itself; name the item that says the same")
         with self._write() as connection:
-            if connection.scalar(sa.select(ItemRow.id).where(ItemRow.id == into)) is None:
-                raise UnknownIdError(f"no item {into!r} in {self.url}")
-            self._set_status(connection, duplicate, ItemStatus.RETIRED.value, who, why)
-            found = connection.execute(sa.select(ItemSourceRow.__table__).where(ItemSourceRow.item_id == duplicate))
-            sources = [dict(row, id=digest(into, row["id"]), item_id=into) for row in found.mappings()]
-            known = sa.select(ItemSourceRow.extraction_id, ItemSourceRow.episode_id)
-            present = {tuple(row) for row in connection.execute(known.where(ItemSourceRow.item_id == into))}
-            fresh = [row for row in sources if (row["extraction_id"], row["episode_id"]) not in present]
-            self._insert_rows(connection, ItemSourceRow, fresh)
-            flag = {"item_id": duplicate, "flag": "merged", "other": into, "note": "", "who": who, "at": now()}
-            self._insert_rows(connection, ItemFlagRow, [flag])
-            self._log(connection, "item", into, "merged", who, why, {"duplicate": duplicate})
-            count_support(connection, [into])
+            self._merge(connection, duplicate, into, who, why)
         return self.item(into)
+
+    def _merge(self, connection: sa.Connection, duplicate: str, into: str, who: str, why: str) -> None:
+        if connection.scalar(sa.select(ItemRow.id).where(ItemRow.id == into)) is None:
+            raise UnknownIdError(f"no item {into!r} in {self.url}")
+        self._set_status(connection, duplicate, ItemStatus.RETIRED.value, who, why)
+        found = connection.execute(sa.select(ItemSourceRow.__table__).where(ItemSourceRow.item_id == duplicate))
+        sources = [dict(row, id=digest(into, row["id"]), item_id=into) for row in found.mappings()]
+        known = sa.select(ItemSourceRow.extraction_id, ItemSourceRow.episode_id)
+        present = {tuple(row) for row in connection.execute(known.where(ItemSourceRow.item_id == into))}
+        fresh = [row for row in sources if (row["extraction_id"], row["episode_id"]) not in present]
+        self._insert_rows(connection, ItemSourceRow, fresh)
+        flag = {"item_id": duplicate, "flag": "merged", "other": into, "note": "", "who": who, "at": now()}
+        self._insert_rows(connection, ItemFlagRow, [flag])
+        self._log(connection, "item", into, "merged", who, why, {"duplicate": duplicate})
+        count_support(connection, [into])
 
     def reword_item(self, id: str, text: str, who: str, why: str) -> Item:
         """Put another wording in an item's place: a new item with the old one's sources; the old one is retired.
@@ -261,7 +264,7 @@ class ItemTable(Database):
             if connection.execute(insert.returning(ItemRow.id)).scalar() is None:
                 self._set_status(connection, new, ItemStatus.ACTIVE.value, who, why)
             self._log(connection, "item", new, "edited", who, why, {"from": id})
-        self.merge_items(id, new, who, why)
+            self._merge(connection, id, new, who, why)
         return self.item(new)
 
     def record_effect(self, effect: ItemEffect) -> ItemEffect:

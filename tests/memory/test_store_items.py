@@ -110,6 +110,14 @@ def test_a_merged_item_can_be_restored(store, make_episode):
     assert store.item(one).status is ItemStatus.ACTIVE
 
 
+def test_an_edit_that_fails_half_way_is_none(store, monkeypatch):
+    item = store.add_item("Knock first.")
+    monkeypatch.setattr("memory.items.count_support", lambda *given: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        store.reword_item(item.id, "Always knock first.", "ada", "clearer")
+    assert store.items() == [item]
+
+
 def test_an_item_is_not_merged_into_itself(store):
     item = store.add_item("Knock first.")
     with pytest.raises(UsageError, match=f"{item.id} cannot be merged into itself"):
