@@ -6,6 +6,7 @@ import ast
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -78,6 +79,23 @@ def test_the_pages_hold_the_numbers_the_commands_and_the_examples(site: Path) ->
     picture = (ROOT / "docs" / "assets" / "round.svg").read_text().strip()
     assert picture in text["concepts.html"]  # whole: a paragraph inside would end it
     assert picture in text["index.html"]
+
+
+def test_the_picture_is_seen(site: Path) -> None:
+    playwright = pytest.importorskip("playwright.sync_api")
+    if (chromium := shutil.which("chromium")) is None:
+        pytest.skip("needs chromium on the PATH")
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        page = browser.new_page(viewport={"width": 1280, "height": 900})
+        for name, width in (("index", 1280), ("concepts", 360)):
+            page.set_viewport_size({"width": width, "height": 900})
+            page.goto((site / f"{name}.html").as_uri())
+            box = page.locator("svg.round").bounding_box()
+            assert box is not None
+            assert box["width"] > min(600, 0.8 * width), name  # a drawing without a width of its own has none here
+            assert box["x"] + box["width"] <= width
+        browser.close()
 
 
 def commands() -> list[tuple[str, list[str]]]:
