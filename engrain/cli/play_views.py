@@ -131,7 +131,7 @@ def show_influence(
 ) -> None:
     """For each reply, from the place `since` on, the items that moved it most."""
     if headed:
-        screen.heading(f"{who}, item by item: log p with all of {knowledge} minus log p without the item")
+        screen.heading(f"{who}, item by item: log p with {knowledge} minus log p without the item")
         beyond = f" of {len(found.items) + found.untried}" if found.untried else ""
         tried = f"the first {len(found.items)}{beyond} items" if beyond else count(len(found.items), "item")
         screen.facts(f"{tried} left out in turn", count(found.forwards, "forward"), style="dim")

@@ -216,8 +216,8 @@ def _candidates(
 
 
 def _items(store: Store, record: RoundRecord, knowledge: Knowledge | None) -> tuple[Learned, ...]:
-    """Those of the chosen text in its order, then what else the round learned."""
-    own = {item.id: item for item in store.items(round_id=record.id)}
+    """Those of the chosen text in its order, then what else the round learned, what most episodes taught first."""
+    own = {item.id: item for item in sorted(store.items(round_id=record.id), key=lambda item: -item.support)}
     placed = [place.id for place in knowledge.items] if knowledge else []
     effects = {effect.item_id: effect for effect in store.effects(round_id=record.id)}
     measured = [id_ for id_ in effects if id_ not in own]

@@ -87,7 +87,8 @@ def _extraction(page: ReportPage) -> str:
     if page.refused:
         away.append(f"{page.refused} refused at admission")
     besides = f" ({', '.join(away)})" if away else ""
-    return f"From these it wrote {counted(page.extracted or 0, 'item')}{besides}."
+    merged = ", before equal ones were merged" if (page.extracted or 0) > 1 else ""
+    return f"From these it wrote {counted(page.extracted or 0, 'item')}{besides}{merged}."
 
 
 def _training(page: ReportPage) -> str:

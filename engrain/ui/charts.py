@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -38,14 +39,14 @@ def learning(scores: Sequence[RoundScores]) -> dict[str, Markup]:
 def evaluations(rows: Sequence[EvaluationRecord], versions: Mapping[str, int] | None = None) -> Markup:
     """Accuracies with their 95% intervals, one a row; `versions` are the numbers of knowledge texts by id."""
 
-    several = len({row.env for row in rows}) > 1
-
-    def label(row: EvaluationRecord) -> str:
-        version = (versions or {}).get(row.knowledge or "")
-        return row.name + (f", version {version}" if version else "") + (f" ({row.env})" if several else "")
-
+    numbered = [(row, (versions or {}).get(row.knowledge or "")) for row in rows]
+    names = [row.name + (f", version {version}" if version else "") for row, version in numbered]
+    worlds = defaultdict(set)
+    for row, name in zip(rows, names, strict=True):
+        worlds[name].add(row.env)
+    labels = [f"{name} ({row.env})" if len(worlds[name]) > 1 else name for row, name in zip(rows, names, strict=True)]
     return estimates(
-        [Estimate(label(row), row.accuracy, row.low, row.high) for row in rows],
+        [Estimate(label, row.accuracy, row.low, row.high) for label, row in zip(labels, rows, strict=True)],
         title="Accuracies with 95% intervals",
         x_label="accuracy",
         x_range=(0, 1),
