@@ -168,6 +168,7 @@ def test_the_running_round_moves_by_itself(page: Any, served: Served, store: Sto
     page.get_by_role("progressbar", name="training steps").wait_for()
     page.get_by_text("0.50, 4 of 8 solved").wait_for()
     assert page.locator("#silence").is_hidden()
+    page.evaluate("document.activeElement.blur()")
     picture(page, "training")
 
 
