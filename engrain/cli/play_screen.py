@@ -232,8 +232,7 @@ class Plain(Screen):
         for number, line in enumerate(lines):
             self._line(line if number else f"{who.capitalize()}: {line}")
         if note and lines:
-            for fact in note.split(", "):
-                self._line(f"{fact}.")
+            self.facts(*note.split(", "))
 
     def facts(self, *facts: str, style: str = "") -> None:
         """A sentence each."""

@@ -43,12 +43,8 @@ def show_gap(screen: Screen, replies: Sequence[ReplyGap], teacher: str, who: str
         )
         largest = [token for token in reply.largest(_SHOWN) if abs(token.gap) >= SOME]
         wide = max((len(shown(token)) for token in largest), default=0)
-        screen.entries(
-            [
-                (f"{token.gap:+.2f}", f"{shown(token):{wide}}  {_share(token.student)} -> {_share(token.teacher)}")
-                for token in largest
-            ]
-        )
+        aligned = wide if isinstance(screen, Labelled) else None
+        screen.entries([(f"{token.gap:+.2f}", _change(token, aligned)) for token in largest])
         if not largest:
             screen.facts(f"no token changes by {SOME} nats or more", style="dim")
     if isinstance(screen, Labelled) and not screen.explained:
@@ -104,6 +100,14 @@ def _spaced(text: str) -> str:
         return "_" * len(text)
     start = len(text) - len(text.lstrip(" "))
     return "_" * start + inner + "_" * (len(text) - start - len(inner))
+
+
+def _change(token: TokenGap, wide: int | None) -> str:
+    """From which probability to which; None: to be heard."""
+    before, after = _share(token.student), _share(token.teacher)
+    return (
+        f'"{shown(token)}", from {before} to {after}' if wide is None else f"{shown(token):{wide}}  {before} -> {after}"
+    )
 
 
 def _share(logprob: float) -> str:

@@ -118,5 +118,4 @@ def recorded(state: Mapping[str, Any]) -> dict[int, float]:
 
 def number(value: object) -> float | None:
     """A finite number, None where it is none: another program's notes may hold anything."""
-    known = isinstance(value, int | float) and -_FINITE < value < _FINITE
-    return float(value) if known else None
+    return float(value) if isinstance(value, int | float) and -_FINITE < value < _FINITE else None

@@ -269,8 +269,10 @@ def test_the_gap_is_colour_or_marks_and_numbers_always() -> None:
     assert "\x1b[1;7;36myes" in coloured
     assert "==" not in coloured
     for shown in (marked, coloured, drawn(colour=False, plain=True)):
-        for number in ("-3.90", "+4.00", "+0.80", "-0.70", "+0.10 nats over 5 tokens", "90.5% -> 1.8%"):
+        for number in ("-3.90", "+4.00", "+0.80", "-0.70", "+0.10 nats over 5 tokens", "90.5%"):
             assert number in shown, number
+    assert "90.5% -> 1.8%" in marked
+    assert '-3.90: "no", from 90.5% to 1.8%' in drawn(colour=False, plain=True)
     assert all(len(line) <= 40 for line in drawn(colour=False, width=40).splitlines() if "nats" not in line)
     narrow = painted(GAP, Console(file=io.StringIO(), color_system=None), 3).plain.split("\n")
     assert narrow[:4] == ["no ", "==", "way", "\\n"]
