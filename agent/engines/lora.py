@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,23 +21,7 @@ def can_merge(model: Any) -> bool:
     False without LoRA layers, for quantised layers, DoRA and other variants, adapters with a bias, layers that
     are merged or switched off already, and tied weights.
     """
-    layers = _lora_layers(model)
-    if not layers:
-        return False
-    counts: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            counts[id(parameter)] = counts.get(id(parameter), 0) + 1
-    return all(
-        type(layer) is LoraLinear
-        and not layer.merged
-        and not layer.disable_adapters
-        and not any(layer.lora_bias.get(name) for name in layer.active_adapters)
-        and not any(name in layer.lora_variant for name in layer.active_adapters)
-        and _weight(layer).is_floating_point()
-        and counts[id(_weight(layer))] == 1
-        for layer in layers
-    )
+    return bool(_mergeable(model))
 
 
 @contextmanager
@@ -47,42 +32,71 @@ def merged(model: Any) -> Iterator[None]:
     memory of the touched layers once more. Does nothing where `can_merge` says no. Not for training: the adapter
     gets no gradient while it is merged.
     """
-    if not can_merge(model):
-        yield
-        return
     originals: list[tuple[Any, Tensor]] = []
     try:
         with torch.no_grad():
-            for layer in _lora_layers(model):
+            scratch = torch.empty(0)
+            for layer in _mergeable(model):
                 names = [name for name in layer.active_adapters if name in layer.lora_A]
                 weight = _weight(layer)
-                total = _sum(layer, names)
+                scratch = _scratch(weight, scratch)
+                total = _sum(layer, names, scratch)
                 originals.append((layer, weight.data))
                 weight.data = total
                 layer.merged_adapters.extend(names)
+                if "forward" not in vars(layer):  # PEFT asks at every call what there is to do: nothing, now
+                    layer.forward = layer.get_base_layer().__call__
         yield
     finally:
         for layer, original in originals:
-            _weight(layer).data = original
+            base = layer.get_base_layer()
+            base.weight.data = original
             layer.merged_adapters.clear()
+            if vars(layer).get("forward") == base.__call__:
+                del layer.forward
 
 
-def _lora_layers(model: Any) -> list[Any]:
-    layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    return [layer for layer in layers if any(name in layer.lora_A for name in layer.active_adapters)]
+def _mergeable(model: Any) -> list[Any]:
+    """The layers with an active adapter, if it can be merged into every one of them; else none."""
+    layers: list[Any] = []
+    uses: Counter[int] = Counter()
+    for module in model.modules():
+        uses.update(id(parameter) for parameter in module._parameters.values())
+        if isinstance(module, LoraLayer) and any(name in module.lora_A for name in module.active_adapters):
+            layers.append(module)
+    able = all(
+        type(layer) is LoraLinear
+        and not layer.merged
+        and not layer.disable_adapters
+        and not any(layer.lora_bias.get(name) for name in layer.active_adapters)
+        and not any(name in layer.lora_variant for name in layer.active_adapters)
+        and _weight(layer).is_floating_point()
+        and uses[id(_weight(layer))] == 1
+        for layer in layers
+    )
+    return layers if able else []
 
 
-def _sum(layer: Any, names: list[str]) -> Tensor:
+def _scratch(weight: Tensor, scratch: Tensor) -> Tensor:
+    """Room for a block of this weight in float32, the given one if it will do: memory of its own costs page faults."""
+    size = min(weight.numel(), max(_BLOCK, *weight.shape))
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    if scratch.numel() >= size and (scratch.dtype, scratch.device) == (wide, weight.device):
+        return scratch
+    return torch.empty(max(size, _BLOCK), dtype=wide, device=weight.device)
+
+
+def _sum(layer: Any, names: list[str], scratch: Tensor) -> Tensor:
     """W + sum of scale * B A over the named adapters, in float32 (float64 stays) and rounded once."""
     weight = _weight(layer).data
-    wide = torch.promote_types(weight.dtype, torch.float32)
+    wide = scratch.dtype
     factors = [(layer.lora_B[n].weight.to(wide), layer.lora_A[n].weight.to(wide), layer.scaling[n]) for n in names]
     total = torch.empty_like(weight)
     old, new = (weight.T, total.T) if layer.fan_in_fan_out else (weight, total)
     rows = max(1, _BLOCK // old.shape[1])
     for start in range(0, old.shape[0], rows):
         part = slice(start, start + rows)
-        block = old[part].to(wide, copy=True)
+        block = scratch[: old[part].numel()].view(old[part].shape).copy_(old[part])
         for up, down, scale in factors:
             block.addmm_(up[part], down, alpha=scale)
         new[part] = block

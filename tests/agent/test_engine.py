@@ -367,7 +367,7 @@ def test_a_steady_adapter_is_merged_once_and_its_turns_go_on(
     engine = TransformersEngine.wrap(model, tiny_tokenizer, name="tiny")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     made: list[Any] = []
-    monkeypatch.setattr("agent.engines.lora._sum", lambda layer, names: made.append(layer) or _sum(layer, names))
+    monkeypatch.setattr("agent.engines.lora._sum", lambda layer, *more: made.append(layer) or _sum(layer, *more))
     prompts = prompts_of(engine, "one", "two")
 
     def turns() -> list[Completion]:
