@@ -80,7 +80,7 @@ class Trainer:
     The model is a plain one; it is spread over the processes here. The run's folder must be one that all see.
 
     Raises:
-        CheckpointError: the folder holds a run of other settings.
+        CheckpointError: the folder holds a run of other settings, or one that started elsewhere.
         DistillConfigError: teacher and student differ in vocabulary, or the processes cannot train together.
     """
 
@@ -282,17 +282,19 @@ class Trainer:
         return FitResult(tuple(self.history), scores, last, saved.get(best_step), best_step, stopped)
 
     def _resumable(self) -> Path | None:
-        """The newest checkpoint of this run, if its settings are these."""
+        """The newest checkpoint of this run, if its settings and what it started from are these."""
         newest = from_main(lambda: latest_resumable(self.folder))
         if newest is None:
             return None
         manifest = read_manifest(newest)
-        if (manifest.config, manifest.model, manifest.knowledge) != (
-            self.config.model_dump(mode="json"),
-            self.base_model,
-            self.knowledge,
-        ):
+        given = (self.config.model_dump(mode="json"), self.base_model, self.knowledge)
+        if (manifest.config, manifest.model, manifest.knowledge) != given:
             raise CheckpointError(f"{self.folder} holds a run with other settings; give this run another folder")
+        if manifest.parent != self.parent:
+            held, wanted = (parent or "the base model" for parent in (manifest.parent, self.parent))
+            raise CheckpointError(
+                f"{self.folder} holds a run that started from {held}, not from {wanted}; give this run another folder"
+            )
         return newest
 
     def _stays(self, step: int) -> bool:

@@ -42,12 +42,13 @@ def weights() -> Callable[[Trainer], dict[str, torch.Tensor]]:
 
 @pytest.fixture
 def make_trainer(tiny_model: Any, tiny_tokenizer: Any, tasks: Any, tmp_path: Path) -> Callable[..., Trainer]:
-    """`make_trainer(folder, lora=True, parent=None, source=None, teacher=None, **config)`.
+    """`make_trainer(folder, lora=True, parent=None, source=None, teacher=None, lineage=None, **config)`.
 
-    `source(engine, config)` replaces the student's own play, `teacher` the student's own base.
+    `source(engine, config)` replaces the student's own play, `teacher` the student's own base; `lineage` is the id of
+    the checkpoint that the run is said to start from, `parent` its folder.
     """
 
-    def make(folder="run", *, lora=True, parent=None, source=None, teacher=None, **settings):
+    def make(folder="run", *, lora=True, parent=None, source=None, teacher=None, lineage=None, **settings):
         defaults = {"steps": 4, "batch_size": 3, "learning_rate": 1e-2, "save_every": 2, "micro_batch_tokens": 200}
         config = DistillConfig(
             **defaults | settings,
@@ -74,6 +75,7 @@ def make_trainer(tiny_model: Any, tiny_tokenizer: Any, tasks: Any, tmp_path: Pat
             config,
             tmp_path / folder,
             base_model="tiny",
+            parent=lineage,
             knowledge="k",
             decode=engine.renderer.decode,
         )
