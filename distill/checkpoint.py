@@ -2,7 +2,7 @@
 
 A checkpoint is a folder `step-000010/` that appears whole or not at all, and is on the disk when it does.
 `manifest.json` names its base model, its parent, the knowledge it was taught, the configuration and the versions of
-the libraries. The newest one also holds the optimiser's tensors, and those of a teacher that moves, so that a killed
+the libraries. The newest one also holds the optimiser's tensors, and what the teacher keeps, so that a killed
 run goes on from there and ends in the same state as an unbroken one. Nothing in it depends on how many processes
 trained it: they put what they share together, and the main one writes.
 """
@@ -241,7 +241,7 @@ def latest_resumable(run: Path) -> Path | None:
 
 
 def restore_weights(folder: Path, model: nn.Module, teacher: Teacher) -> dict[str, Any]:
-    """Load the weights of a resumable checkpoint into `model`, and those of a teacher that moves; the saved state.
+    """Load the weights of a resumable checkpoint into `model`, and what its teacher kept; the saved state.
 
     Raises:
         CheckpointError: a file is missing or damaged.

@@ -50,7 +50,7 @@ class Teacher(Protocol):
         ...
 
     def state(self) -> Mapping[str, Tensor]:
-        """What a resumed run cannot find elsewhere; empty for a frozen teacher."""
+        """What a resumed run cannot find elsewhere."""
         ...
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
@@ -70,10 +70,24 @@ class PrefixCache:
         self.backbone = backbone
         self.max_bytes = max_bytes
         self._entries: OrderedDict[tuple[int, ...], States] = OrderedDict()
+        self._recalled: list[tuple[int, ...]] = []
 
     def clear(self) -> None:
         """Forget all entries: the weights have changed."""
         self._entries.clear()
+
+    @property
+    def prefixes(self) -> list[tuple[int, ...]]:
+        """Token ids of all entries, least recently used first."""
+        return self._recalled or list(self._entries)
+
+    def recall(self, prefixes: Sequence[tuple[int, ...]]) -> None:
+        """Have entries for just these from the next `find` on.
+
+        Which entries there are decides where a prompt is split, and so the last bits of what is made of it.
+        """
+        self._entries.clear()
+        self._recalled = list(prefixes)
 
     @property
     def bytes(self) -> int:
@@ -93,6 +107,9 @@ class PrefixCache:
 
     def find(self, prompts: Sequence[Sequence[int]], *, grow: bool = True) -> tuple[int, States]:
         """The same, as the entry itself (keys and values a layer), which may be longer than what is covered."""
+        recalled, self._recalled = self._recalled, []
+        for ids in recalled:
+            self._keep(ids, self.backbone.states(ids))
         shared = _common_prefix(prompts)
         shared = shared[: min(len(prompt) for prompt in prompts) - 1]
         covered = {key: len(_common_prefix([key, shared])) for key in self._entries}
@@ -180,11 +197,14 @@ class FrozenTeacher:
         """Stay as it is."""
 
     def state(self) -> Mapping[str, Tensor]:
-        """Nothing: its weights are a checkpoint's or the base model's."""
-        return {}
+        """Token ids of the cached prefixes, least recently used first: its weights are to be found elsewhere."""
+        prefixes = self.cache.prefixes if self.cache is not None else []
+        return {f"prefix.{number:04d}": torch.tensor(ids) for number, ids in enumerate(prefixes)}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Nothing to take back."""
+        """Have the same prefixes cached."""
+        if self.cache is not None:
+            self.cache.recall([tuple(state[name].tolist()) for name in sorted(state)])
 
 
 class EmaTeacher(FrozenTeacher):

@@ -155,6 +155,25 @@ def test_several_texts_keep_one_entry_each_least_recently_used_out_first() -> No
         assert cache.best([jobs[2][0]])[0] < 30
 
 
+def test_a_restored_teacher_splits_prompts_as_the_one_before_did() -> None:
+    """Entries come from the batches seen: without them a run that goes on would score with other last bits."""
+    backbone = Backbone(llama().eval())
+    knowledge = ids(7, 20)
+    first, second = ([sample(3 * n + i, (*knowledge, *ids(n, n)), 4, 5) for i in range(2)] for n in (1, 9))
+    before = FrozenTeacher(backbone)
+    before.hidden(first)
+    after, fresh = FrozenTeacher(backbone), FrozenTeacher(backbone)
+    after.restore(before.state())
+    assert after.state().keys() == before.state().keys() != {}  # also when it is saved again before it is used
+    prompts = [one.teacher_prompt for one in second]
+    assert fresh.prepare(prompts) == 29
+    assert before.prepare(prompts) == after.prepare(prompts) == 20
+    assert torch.equal(before.hidden(second), after.hidden(second))
+    assert before.cache.prefixes == after.cache.prefixes
+    before.restore({})  # of a run that had no prefixes yet
+    assert before.prepare(prompts) == 29
+
+
 def test_an_entry_over_the_bound_is_used_but_not_kept(caplog: pytest.LogCaptureFixture) -> None:
     backbone = Backbone(llama().eval())
     cache = PrefixCache(backbone, max_bytes=10)

@@ -109,6 +109,7 @@ def test_a_run_that_was_cut_ends_in_the_state_of_an_unbroken_one(
     with pytest.raises(Killed):
         make_trainer("cut").fit(validate=lambda step: float(step), on_step=cut)
     second = make_trainer("cut")
+    assert second.start == 0 or second.teacher.cache.prefixes == whole.teacher.cache.prefixes
     assert second.start == (after - 1 if share else (after - 1) // 2 * 2)
     resumed = second.fit(validate=lambda step: float(step))
     assert all(torch.equal(w, weights(whole)[n]) for n, w in weights(second).items())
@@ -160,6 +161,14 @@ def test_a_folder_of_another_run_is_refused(make_trainer) -> None:
     make_trainer(steps=2).fit()
     with pytest.raises(CheckpointError, match="other settings"):
         make_trainer(steps=3)
+
+
+def test_a_folder_of_a_run_from_another_checkpoint_is_refused(make_trainer) -> None:
+    make_trainer(lineage="first", steps=2).fit()
+    for other in ("second", None):
+        with pytest.raises(CheckpointError, match=f"started from first, not from {other or 'the base model'}"):
+            make_trainer(lineage=other, steps=2)
+    assert make_trainer(lineage="first", steps=2).start == 2
 
 
 def test_a_damaged_checkpoint_is_one_clear_error(make_trainer) -> None:
