@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from agent.episode import FinishReason, SamplingParams
+from agent.errors import ContextLengthError
 from envs.errors import EngrainError
 
 
@@ -94,6 +95,21 @@ class StreamingEngine(Engine, Protocol):
     def cancel(self, requests: Sequence[int]) -> None:
         """Give requests up; `poll` does not return them any more. Finished and unknown ones are ignored."""
         ...
+
+
+def check_length(engine: Engine, prompt: Sequence[int], max_tokens: int) -> None:
+    """Refuse a request that the engine's model has no room for.
+
+    Raises:
+        ContextLengthError: the prompt is empty, or exceeds max_context with what is to be sampled.
+    """
+    if not prompt:
+        raise ContextLengthError("a prompt is empty; a model needs at least one token to go on from")
+    if len(prompt) + max_tokens > engine.max_context:
+        raise ContextLengthError(
+            f"a prompt of {len(prompt)} tokens plus {max_tokens} to sample exceeds the {engine.max_context} tokens of "
+            f"{engine.model}; shorten the knowledge or lower max_tokens"
+        )
 
 
 def steady(engine: Engine) -> AbstractContextManager[None]:

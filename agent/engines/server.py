@@ -16,13 +16,13 @@ from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
 from agent.constraint import Restriction
-from agent.engines.base import Completion
+from agent.engines.base import Completion, check_length
 from agent.engines.folders import check_folder, identity, is_adapter
 from agent.engines.server_client import RejectedError
 from agent.engines.server_pool import Adapter, ServerPool
 from agent.engines.server_wire import Wire, check_url
 from agent.episode import SamplingParams
-from agent.errors import CheckpointError, ContextLengthError, ServerFailedError, ServerRefusedError
+from agent.errors import CheckpointError, ServerFailedError, ServerRefusedError
 from agent.renderer import Renderer
 from envs.errors import EngrainError
 
@@ -226,13 +226,7 @@ class ServerEngine:
         self._stop()
 
     def _check(self, prompt: Sequence[int], sampling: SamplingParams) -> None:
-        if not prompt:
-            raise ContextLengthError("a prompt is empty; a model needs at least one token to go on from")
-        if len(prompt) + sampling.max_tokens > self.max_context:
-            raise ContextLengthError(
-                f"a prompt of {len(prompt)} tokens plus {sampling.max_tokens} to sample exceeds the "
-                f"{self.max_context} tokens of {self.model}; shorten the knowledge or lower max_tokens"
-            )
+        check_length(self, prompt, sampling.max_tokens)
         if sampling.choices:
             Restriction(self._wire.vocabulary, sampling.choices)
 

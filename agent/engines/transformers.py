@@ -15,13 +15,13 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from agent.constraint import Vocabulary
-from agent.engines.base import Completion
+from agent.engines.base import Completion, check_length
 from agent.engines.cache import PastStore
 from agent.engines.decode import Decoder, Limits
 from agent.engines.folders import check_folder, identity, is_adapter
 from agent.engines.lora import merged
 from agent.episode import SamplingParams
-from agent.errors import CheckpointError, ContextLengthError, ModelLoadError, load_fault
+from agent.errors import CheckpointError, ModelLoadError, load_fault
 from agent.renderer import Renderer
 
 _FALLBACK_CONTEXT = 4096
@@ -129,13 +129,7 @@ class TransformersEngine:
             EngineFailedError: the model's logits are not numbers.
         """
         for prompt, params in zip(prompts, sampling, strict=True):
-            if not prompt:
-                raise ContextLengthError("a prompt is empty; a model needs at least one token to go on from")
-            if len(prompt) + params.max_tokens > self.max_context:
-                raise ContextLengthError(
-                    f"a prompt of {len(prompt)} tokens plus {params.max_tokens} to sample exceeds the "
-                    f"{self.max_context} tokens of {self.model}; shorten the knowledge or lower max_tokens"
-                )
+            check_length(self, prompt, params.max_tokens)
         if not prompts:
             return []
         with self._sampling():

@@ -22,13 +22,13 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from agent.constraint import Restriction, Vocabulary
-from agent.engines.base import Completion
+from agent.engines.base import Completion, check_length
 from agent.engines.folders import check_folder, check_weights, identity, is_adapter
 from agent.engines.lora import can_merge, merged
 from agent.engines.transformers import pick_device, pick_dtype
 from agent.engines.vllm_process import import_vllm, one_line, start, undisturbed
 from agent.episode import FinishReason, SamplingParams
-from agent.errors import CheckpointError, ContextLengthError, EngineFailedError, ModelLoadError
+from agent.errors import CheckpointError, EngineFailedError, ModelLoadError
 from agent.renderer import Renderer
 from envs.errors import EngrainError, UsageError
 
@@ -269,13 +269,7 @@ class VllmEngine:
             torch.cuda.empty_cache()
 
     def _check(self, prompt: Sequence[int], sampling: SamplingParams) -> None:
-        if not prompt:
-            raise ContextLengthError("a prompt is empty; a model needs at least one token to go on from")
-        if len(prompt) + sampling.max_tokens > self.max_context:
-            raise ContextLengthError(
-                f"a prompt of {len(prompt)} tokens plus {sampling.max_tokens} to sample exceeds the "
-                f"{self.max_context} tokens of {self.model}; shorten the knowledge or lower max_tokens"
-            )
+        check_length(self, prompt, sampling.max_tokens)
         if sampling.choices:
             Restriction(self._vocabulary, sampling.choices)
 
