@@ -15,9 +15,10 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime
-from typing import Any, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
-from agent.engines.base import Completion
+from agent.engines.base import Completion, Engine
 from agent.episode import Episode, FinishReason, Message, SamplingParams, StopReason, Turn, episode_id
 from agent.errors import ContextLengthError
 from agent.game import Game, Plan
@@ -26,6 +27,10 @@ from agent.workers import forget
 from engrain.nearby import open_env
 from envs.base import Env, Observation, Step, Task
 from envs.errors import EngrainError
+from memory.records import CheckpointRecord
+
+if TYPE_CHECKING:  # it imports torch
+    from agent.cluster import Cluster
 
 MakeEnv = Callable[[Task], Env]
 
@@ -388,6 +393,14 @@ def _world() -> Iterator[None]:
         yield
     except Exception as error:
         raise WorldError(describe(error)) from error
+
+
+def load(engine: Engine | Cluster, checkpoint: CheckpointRecord | None) -> None:
+    """Let an engine sample from a checkpoint, None being the base model, if it does not do so already."""
+    wanted = checkpoint.id if checkpoint else None
+    if engine.checkpoint != wanted:
+        engine.load(Path(checkpoint.path) if checkpoint else None)
+        engine.checkpoint = wanted
 
 
 def solved(episodes: Sequence[Episode]) -> int:

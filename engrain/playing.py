@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from agent.cluster import Cluster
 from agent.engines.base import Engine
 from agent.episode import Episode, SamplingParams
 from engrain.config import ImproveConfig
 from engrain.evaluate import failures, measure, play_stored
+from engrain.play import load as load
 from engrain.rounds import Listener
 from envs.base import Task
 from memory.records import CheckpointRecord, EvaluationRecord, Knowledge
 from memory.store import Store
-
-
-def load(engine: Engine | Cluster, checkpoint: CheckpointRecord | None) -> None:
-    """Let an engine sample from a checkpoint, None being the base model, if it does not do so already."""
-    wanted = checkpoint.id if checkpoint else None
-    if engine.checkpoint != wanted:
-        engine.load(Path(checkpoint.path) if checkpoint else None)
-        engine.checkpoint = wanted
 
 
 class Playing:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agent.engines.base import Engine
@@ -17,6 +16,7 @@ from engrain.cli.play_screen import Screen, count
 from engrain.cli.play_views import show_gap, show_influence
 from engrain.compare import Arm
 from engrain.influence import MOST_ITEMS, influence, parts
+from engrain.play import load
 from engrain.tokengap import token_gap
 from envs.errors import EngrainError
 from memory.records import CheckpointRecord, Knowledge
@@ -102,14 +102,6 @@ class Closer:
                 screen.facts(f"no closer look at this game: {error}", style="dim")
 
         return look
-
-
-def load(engine: Engine, checkpoint: CheckpointRecord | None) -> None:
-    """Let the engine sample from these weights, unless it does already; None is the base model."""
-    wanted = checkpoint.id if checkpoint else None
-    if engine.checkpoint != wanted:
-        engine.load(Path(checkpoint.path) if checkpoint else None)
-        engine.checkpoint = wanted
 
 
 @contextmanager

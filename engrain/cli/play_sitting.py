@@ -14,11 +14,11 @@ from agent.game import Plan
 from agent.renderer import Renderer
 from engrain.cli.common import fingerprint
 from engrain.cli.play_input import Keyboard
-from engrain.cli.play_looks import Closer, Look, load
+from engrain.cli.play_looks import Closer, Look
 from engrain.cli.play_screen import Screen
 from engrain.cli.play_views import show_comparison, show_totals
 from engrain.compare import Arm
-from engrain.play import AgentMatch, HumanMatch, Match, play_match, solved
+from engrain.play import AgentMatch, HumanMatch, Match, load, play_match, solved
 from envs.base import Step, Task
 from memory.records import CheckpointRecord
 from memory.store import Store
