@@ -228,6 +228,9 @@ def current() -> Alone:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 and "ACCELERATE_MIXED_PRECISION" not in os.environ:
         return Alone()
+    sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    if sharded and os.environ.get("FSDP_VERSION", "1") != "2":
+        raise DistillConfigError("FSDP 1 is not supported; launch with --fsdp_version 2")
     # transformers would leave the weights of all processes but the first empty
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
@@ -235,10 +238,8 @@ def current() -> Alone:
         raise DistillConfigError(f"mixed precision {accelerator.mixed_precision} is not supported; use bf16 or no")
     state = accelerator.state
     plugin = getattr(state, "fsdp_plugin", None)
-    if plugin is None and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+    if plugin is None and sharded:
         plugin = FullyShardedDataParallelPlugin()  # Accelerate itself knows FSDP on GPUs only
-    if plugin is not None and plugin.fsdp_version != 2:
-        raise DistillConfigError("FSDP 1 is not supported; launch with --fsdp_version 2")
     plain = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU)
     if plugin is None and state.distributed_type not in plain:
         raise DistillConfigError(f"{state.distributed_type.value} is not supported; launch with DDP or FSDP 2")

@@ -2,8 +2,8 @@
 another number of processes.
 
 This file is launched as a script, once for each way; the tests compare what it wrote with what one process comes to.
-(`accelerate launch` starts several processes on a CPU only through MPI, so torch's launcher stands in for it, with the
-environment that `accelerate launch` sets.)
+`accelerate launch --cpu` starts several processes only through MPI. What it starts for GPUs it starts through torch's
+launcher, and with ACCELERATE_USE_CPU in the environment they compute on the CPU.
 """
 
 from __future__ import annotations
@@ -165,11 +165,11 @@ def failure() -> str:
 
 def launch(way: str, *command: str) -> subprocess.CompletedProcess[str]:
     """Run a script, or a module after -m, in two processes."""
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "ACCELERATE_MIXED_PRECISION": "no"}
-    environment |= {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    if way == "fsdp2":
-        environment |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1"]
+    launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    launcher += {"ddp": ["--multi_gpu"], "fsdp2": ["--use_fsdp", "--fsdp_version", "2"]}[way]
     return subprocess.run([*launcher, *command], env=environment, capture_output=True, text=True, timeout=500)
 
 
