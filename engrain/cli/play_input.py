@@ -74,7 +74,9 @@ class Keyboard:
             LeftError: the person leaves, or the input ends.
         """
         self.screen.heading(question)
-        self.screen.entries([(f"{number}", f"{name}: {what}") for number, (name, what) in enumerate(options, 1)])
+        self.screen.entries(
+            [(f"{n}", f"{name}: {what}" if what else name) for n, (name, what) in enumerate(options, 1)]
+        )
         names = [name for name, _ in options]
         while True:
             words = self.line(f"1-{len(names)}, Enter for 1> ").strip().lower()

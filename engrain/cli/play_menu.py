@@ -8,7 +8,7 @@ from engrain.cli.play_input import Keyboard
 from envs import registry
 from envs.errors import UsageError
 
-#: The built-in worlds in a player's words; others describe themselves.
+#: The built-in worlds in a player's words.
 _WORLDS = {
     "math": "one question, one answer",
     "textworld": "a text adventure: find the ingredients and cook",
@@ -33,7 +33,18 @@ def pick_world(keyboard: Keyboard) -> str:
     names = [*_WORLDS, *(name for name in registry.names() if name not in _WORLDS)]
     if not sys.stdin.isatty():
         raise UsageError(f"no world was named: write for instance `engrain play math`; there are {', '.join(names)}")
-    return names[keyboard.choose("Which world?", [(name, _WORLDS.get(name, "")) for name in names])]
+    return names[keyboard.choose("Which world?", [(name, _about(name)) for name in names])]
+
+
+def _about(name: str) -> str:
+    """What a world is, in few words: the first line of its class's own description."""
+    if name in _WORLDS:
+        return _WORLDS[name]
+    try:
+        world = registry.WORLDS.find(name)
+    except Exception:  # whatever is wrong with it, the others can be picked
+        return "does not load"
+    return next(iter((world.__doc__ or "").strip().splitlines()), "")
 
 
 def pick_seat(keyboard: Keyboard) -> str:

@@ -20,10 +20,11 @@ from agent.game import Plan
 from agent.renderer import Renderer
 from agent.rollout import play
 from engrain.cli.play_input import Keyboard
+from engrain.cli.play_menu import pick_world
 from engrain.cli.play_screen import Labelled, Plain, Screen, apart
 from engrain.play import AgentMatch, HumanMatch, LeftError, human_turns, play_match
 from envs import registry
-from envs.base import Env, Observation, Split, Step, Task
+from envs.base import Env, Observation, Split, Step, Task, World
 from memory.admission import unverified
 from memory.store import Store
 
@@ -316,6 +317,24 @@ def test_a_menu_takes_numbers_names_and_enter(monkeypatch: pytest.MonkeyPatch) -
         keyboard, out = typing(monkeypatch, *lines)
         assert keyboard.choose("Which?", options) == place
     assert "'chess' is none of them" in out.getvalue()
+
+
+def test_the_menu_says_what_a_world_of_ones_own_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Spelling(World):
+        """Letters and words.
+
+        More than that.
+        """
+
+    class Bare(World): ...
+
+    monkeypatch.setattr(registry.WORLDS, "_here", {"spelling": Spelling, "bare": Bare})
+    monkeypatch.setattr(registry.WORLDS, "_targets", {"lost": "nowhere_at_all:World"})
+    keyboard, out = typing(monkeypatch, "spelling")
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    assert pick_world(keyboard) == "spelling"
+    lines = [line.strip() for line in out.getvalue().splitlines()]
+    assert lines[-3:] == ["5 bare", "6 lost: does not load", "7 spelling: Letters and words."]
 
 
 @pytest.mark.parametrize("kind", [Labelled, Plain])
