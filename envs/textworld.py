@@ -14,7 +14,8 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from envs.base import Env, Observation, Split, Step, Task, World
 from envs.errors import BadTaskError, EnvFailedError, UsageError
 from envs.games import TEXTWORLD_LOCK, check_story, game_file, glulx_interpreter
-from envs.options import Options, is_file
+from envs.options import is_file
+from envs.textworld_options import MOST_ROOMS, TextWorldOptions, coin_rooms
 
 SYSTEM = "You are playing a text adventure game. Reply with one command and nothing else."
 
@@ -36,59 +37,8 @@ _MENU_LINE = re.compile(r"^Would you like to RESTART[^\n]*$", re.MULTILINE)
 #: How Inform's library ends a story, and tells the score then: all there is to go by in a game of unknown make.
 _ENDING = re.compile(r"^\s*\*\*\*\s*(.{1,80}?)\s*\*\*\*\s*$", re.MULTILINE)
 _FINAL_SCORE = re.compile(r"scored (-?\d+) (?:points? )?out of a possible (\d+)")
-#: What the Z-machine holds of TextWorld's rooms.
-_MOST_ROOMS = 100
 #: TextWorld's own food splits; its out-of-distribution games use unseen food too.
 _FOOD_SPLITS = {Split.TRAIN: "train", Split.VALIDATION: "valid", Split.TEST: "test", Split.OOD: "test"}
-
-
-class TextWorldOptions(Options):
-    """Options of the `textworld` world."""
-
-    game: Literal["cooking", "coin_collector", "custom"] = "cooking"
-    path: Path | None = None
-    """A `.z1`-`.z8` or, with TextWorld before 1.7, `.ulx` file: it is the world's one task, in split `test`."""
-    max_turns: int = Field(8, ge=1)
-    """Commands per episode. `ood` games get four more."""
-    list_commands: bool = True
-    """Whether observations list the commands that work now; small models need it."""
-    recipe: int = Field(1, ge=1, le=5)
-    """Cooking: ingredients in the recipe."""
-    take: int = Field(1, ge=0, le=5)
-    """Cooking: ingredients that must be found first, at most `recipe`."""
-    go: Literal[1, 6, 9, 12] = 1
-    """Cooking: rooms."""
-    open: bool = False
-    """Cooking: containers and doors start closed."""
-    cook: bool = False
-    """Cooking: ingredients must be cooked."""
-    cut: bool = False
-    """Cooking: ingredients must be cut."""
-    drop: bool = False
-    """Cooking: the player can carry only a few things."""
-    level: int = Field(3, ge=1, le=250)
-    """Coin collector: its level; the quest's length is the level's last two digits. 1-150 and 201-233 can be made."""
-    world_size: int = Field(5, ge=1, le=100)
-    """Custom: rooms."""
-    nb_objects: int = Field(10, ge=1, le=100)
-    """Custom: objects."""
-    quest_length: int = Field(3, ge=1, le=20)
-    """Custom: commands that the shortest solution takes."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _number_of_rooms(cls, values: Any) -> Any:
-        if isinstance(values, dict) and isinstance(values.get("go"), str) and values["go"].isdigit():
-            return {**values, "go": int(values["go"])}
-        return values
-
-    @model_validator(mode="after")
-    def _consistent(self) -> TextWorldOptions:
-        if self.take > self.recipe:
-            raise ValueError(f"take={self.take} is more than recipe={self.recipe}")
-        if self.game == "coin_collector" and _coin_rooms(self.level) > _MOST_ROOMS:
-            raise ValueError(f"level={self.level} has {_coin_rooms(self.level)} rooms, TextWorld makes {_MOST_ROOMS}")
-        return self
 
 
 class _Parameters(BaseModel):
@@ -124,11 +74,6 @@ def command_of(reply: str) -> str:
 def _forbidden(command: str) -> bool:
     """Whether a command, or what `and` or a comma joins to it, is one that a player must not give."""
     return any(_FORBIDDEN.match(part) for part in _NEXT_PART.split(command))
-
-
-def _coin_rooms(level: int) -> int:
-    """Rooms of a coin collector game: a quest of 1 to 100 rooms, times one more for each hundred levels."""
-    return ((level - 1) // 100 + 1) * ((level - 1) % 100 + 1)
 
 
 def clean(text: str) -> str:
@@ -361,7 +306,7 @@ class TextWorldWorld(World):
                 settings |= {"recipe_seed": 0, "split": _FOOD_SPLITS[split]}
             case "coin_collector":
                 level = options.level + 2 * ood
-                if _coin_rooms(level) > _MOST_ROOMS or _coin_rooms(level) < _coin_rooms(options.level):
+                if coin_rooms(level) > MOST_ROOMS or coin_rooms(level) < coin_rooms(options.level):
                     raise UsageError(
                         f"env 'textworld': no harder game (split 'ood') than that of level={options.level}"
                     )
