@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from agent.engines.base import Engine
+from agent.engines.folders import identity
 from agent.episode import Episode, StopReason
 from agent.errors import ClusterError, MissingPackageError
 from agent.options import BATCH, PlayOptions
@@ -94,10 +95,11 @@ class Cluster:
     def load(self, checkpoint: Path | None) -> None:
         """Have all players sample from this checkpoint folder from the next `play` on; None is the base model.
 
-        The folder must be there under the same path on every machine. It is read when it is first played with.
+        The folder must be there under the same path on every machine. It is read when it is first played with, and
+        `checkpoint` is the id in its manifest, or its name where this machine reads none.
         """
         self._folder = checkpoint
-        self.checkpoint = checkpoint.name if checkpoint else None
+        self.checkpoint = identity(checkpoint) if checkpoint else None
 
     def play(
         self,

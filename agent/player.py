@@ -48,6 +48,7 @@ class Player:
         self._scheduler: Scheduler | None = None
         self._futures: dict[str, Future[Episode]] = {}
         self._broken: BaseException | None = None
+        self._folder: Path | None = None  # that the engine has loaded
 
     async def ready(self) -> None:
         """Wait for the engine; raises what kept it from being made."""
@@ -81,9 +82,9 @@ class Player:
     def _serve(self, scheduler: Scheduler, job: Job) -> None:
         engine = scheduler.plan.engine
         try:
-            if engine.checkpoint != job.checkpoint_id:
+            if (engine.checkpoint, self._folder) != (job.checkpoint_id, job.checkpoint):  # runs name folders alike
                 engine.load(job.checkpoint)
-                engine.checkpoint = job.checkpoint_id
+                engine.checkpoint, self._folder = job.checkpoint_id, job.checkpoint
             scheduler.serve()
         except BaseException as error:
             self._broken = error

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import pytest
 from agent.cluster import Cluster
 from agent.episode import Episode, SamplingParams, StopReason
 from agent.errors import ClusterError, ModelLoadError
+from agent.player import Job, Player
 from agent.rollout import RolloutStats, play
 from envs.base import Split, Task
 from envs.errors import UsageError
@@ -117,6 +119,25 @@ def test_a_cluster_plays_what_one_machine_plays(
     cluster.load(tmp_path / "gone")
     with pytest.raises(ModelLoadError, match="no checkpoint at"):
         cluster.play(tasks[:6], **common)
+
+
+def test_checkpoints_of_one_folder_name_are_told_apart(on: Any, tiny_tokenizer: Any, tmp_path: Path) -> None:
+    """Every run names its folders step-000010 and so on."""
+    from standin_engine import StandIn
+
+    first, second, third = (tmp_path / run / "step-000010" for run in ("a", "b", "c"))
+    for folder in (first, second, third):
+        folder.mkdir(parents=True)
+    (third / "manifest.json").write_text('{"id": "3f"}')
+    cluster, engine, loaded = on(), StandIn(tiny_tokenizer), []
+    player = Player(lambda: engine)
+    engine.load = loaded.append  # type: ignore[method-assign]
+    scheduler: Any = SimpleNamespace(plan=SimpleNamespace(engine=engine), serve=lambda: None)
+    for folder in (None, first, first, second, third, None):
+        cluster.load(folder)
+        player._serve(scheduler, Job(0, {}, cluster._folder, cluster.checkpoint))  # type: ignore[typeddict-item]
+        assert engine.checkpoint == {None: None, third: "3f"}.get(folder, "step-000010")
+    assert loaded == [first, second, third, None]
 
 
 def test_a_machine_that_is_lost_costs_no_episode_and_none_is_kept_twice(
