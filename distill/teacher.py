@@ -74,7 +74,7 @@ class PrefixCache:
 
     def clear(self) -> None:
         """Forget all entries: the weights have changed."""
-        self._entries.clear()
+        self.recall(())
 
     @property
     def prefixes(self) -> list[tuple[int, ...]]:
