@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from agent.episode import SamplingParams
 from distill.errors import DistillConfigError
@@ -112,6 +112,13 @@ class DistillConfig(BaseModel):
                 f"save_every {self.save_every} is no multiple of sync_every {self.sync_every}: change either"
             )
         return self
+
+    def matches(self, stored: Mapping[str, Any]) -> bool:
+        """Whether stored settings are these; what an older version did not know yet counts as the usual value."""
+        try:
+            return DistillConfig.model_validate(stored).model_dump(mode="json") == self.model_dump(mode="json")
+        except (ValidationError, DistillConfigError):
+            return False
 
     @property
     def on_policy_samples(self) -> int:

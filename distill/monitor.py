@@ -82,8 +82,8 @@ def opening_advice(metrics: StepMetrics, floor: float = 0.05) -> str | None:
     )
 
 
-#: Nats by which the entropy may rise whatever the ratio says: a student that begins sure of every token opens some for a
-#: while as it learns another form.
+#: Nats by which the entropy may rise whatever the ratio says: a student that begins sure of every token opens some
+#: for a while as it learns another form.
 _SLACK = 0.5
 _WATCHED = ("student_entropy", "response_tokens", "distinct_2")
 

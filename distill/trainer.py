@@ -287,8 +287,8 @@ class Trainer:
         if newest is None:
             return None
         manifest = read_manifest(newest)
-        given = (self.config.model_dump(mode="json"), self.base_model, self.knowledge)
-        if (manifest.config, manifest.model, manifest.knowledge) != given:
+        same = (manifest.model, manifest.knowledge) == (self.base_model, self.knowledge)
+        if not (same and self.config.matches(manifest.config)):
             raise CheckpointError(f"{self.folder} holds a run with other settings; give this run another folder")
         if manifest.parent != self.parent:
             held, wanted = (parent or "the base model" for parent in (manifest.parent, self.parent))

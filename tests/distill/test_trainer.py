@@ -163,6 +163,18 @@ def test_a_folder_of_another_run_is_refused(make_trainer) -> None:
         make_trainer(steps=3)
 
 
+def test_a_run_of_an_older_version_that_lacked_a_setting_goes_on(make_trainer) -> None:
+    manifest = make_trainer(steps=2).fit().last / "manifest.json"
+    told = json.loads(manifest.read_text())
+    del told["config"]["guard"]["max_entropy_ratio"], told["config"]["only_successes"]
+    manifest.write_text(json.dumps(told))
+    assert make_trainer(steps=2).start == 2
+    told["config"]["a setting of tomorrow"] = 1
+    manifest.write_text(json.dumps(told))
+    with pytest.raises(CheckpointError, match="other settings"):
+        make_trainer(steps=2)
+
+
 def test_a_folder_of_a_run_from_another_checkpoint_is_refused(make_trainer) -> None:
     make_trainer(lineage="first", steps=2).fit()
     for other in ("second", None):
