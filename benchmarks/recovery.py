@@ -3,7 +3,8 @@
     python benchmarks/recovery.py [--world sums] [--seeds 0 1 2] [--methods opcd:forward_kl ...] [--out FOLDER]
 
 Bare, in context, and for every method and seed: accuracy on held-out tasks with nothing in the context, accuracy on
-related tasks that were not trained on, before and after. Every method gets the same number of training episodes; its
+related tasks that were not trained on, before and after. `opcd:crossing` is the candidate for an `auto` objective that
+was measured here and not kept (`evidence_worlds.crossing`). Every method gets the same number of training episodes; its
 checkpoint is chosen on validation tasks. One JSON file a run, so that an interrupted benchmark goes on; runs that fail
 are reported too. The last line is JSON.
 """
@@ -17,6 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import evidence_worlds  # noqa: F401 - registers the crossing objective
 from measure import where
 
 from agent.engines.transformers import TransformersEngine
@@ -53,6 +55,7 @@ METHODS = (
     "opcd:jsd",
     "opcd:skew_kl",
     "opcd:topk",
+    "opcd:crossing",
     "off_policy:forward_kl",
     "sft:cross_entropy",
 )
