@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from evidence_worlds import ARMS, WORLDS
+from evidence_worlds import ARMS, WORLDS, arms_of
 
 from engrain.gate import paired_gain, recovery, wilson
 
@@ -105,7 +105,7 @@ def section(world: str, arms: Mapping[str, Mapping[int, Row]]) -> list[str]:
         cost.append((ARMS[name].title, *others, *watched, f"{mean(s['leak_rate'] for s in sampled):.2f}"))
     names = sorted({o for rows in there.values() for row in rows.values() for o in row["other"]})
     seeds = sorted({seed for rows in there.values() for seed in rows})
-    lines = [f"## {_TITLES[world]}", "", f"Seeds {', '.join(map(str, seeds))}; 128 test tasks a seed.", ""]
+    lines = [f"## {_TITLES[world]}", "", f"Seeds made: {', '.join(map(str, seeds))}; 128 test tasks a seed.", ""]
     lines += table(("student", "test", "by seed", "against off-policy", "tokens sampled"), learned)
     lines += table(("student", *names, "entropy", "distinct-2", "length", "leaks"), cost)
     lines += said(arms)
@@ -183,19 +183,30 @@ def build(folder: Path) -> dict[str, Any]:
             "",
         ]
         lines += [reading.read_text(encoding="utf-8"), ""] if reading.exists() else []
+        made = sum(len(rows) for arms in runs.values() for rows in arms.values())
+        planned = sum(len(arms_of(world)) for world in WORLDS) * len(SEEDS)
+        lines += [f"{made} of {planned} planned runs have been made; the others wait for the same command.", ""]
         lines += [f"![Accuracy of every student]({folder.name}.png)", ""]
         for world, arms in runs.items():
             lines += section(world, arms)
         page.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
     ours, peer = ([found[name] for found in mean_recovery.values() if name in found] for name in (_OURS, _PEER))
     mine, theirs = (mean(values) if values else None for values in (ours, peer))
+    missing = [
+        f"{world}/{name}-{seed}"
+        for world in WORLDS
+        for name in arms_of(world)
+        for seed in SEEDS
+        if seed not in runs.get(world, {}).get(name, {})
+    ]
     return {
         "name": "evidence",
         "ours": mine,
         "peer": theirs,
         "ratio": mine / theirs if mine is not None and theirs else None,
         "target": {"recovery": 0.8},
-        "met": mine is not None and mine >= 0.8,
+        "met": mine is not None and mine >= 0.8 and not missing,
+        "missing": len(missing),
         "mean_recovery": mean_recovery,
         "runs": sum(len(rows) for arms in runs.values() for rows in arms.values()),
     }
