@@ -84,7 +84,7 @@ def test_every_turn_is_masked_to_its_sampled_tokens_and_their_end(student, chats
 
 def test_all_turns_of_a_batch_are_sampled_from_weights_merged_once(student, chats, knowledge, monkeypatch) -> None:
     made = []
-    monkeypatch.setattr("agent.engines.lora._sum", lambda layer, names: made.append(layer) or _sum(layer, names))
+    monkeypatch.setattr("agent.engines.lora._sum", lambda layer, *rest: made.append(layer) or _sum(layer, *rest))
     batch = OnPolicySource(chats({}, {}), student, knowledge, batch_size=2, sampling=SIX, seed=0)(0)
     assert {len(e.turns) for e in batch.episodes} == {3}
     assert len(made) == len({id(layer) for layer in made}) == 14

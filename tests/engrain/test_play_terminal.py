@@ -7,7 +7,6 @@ import os
 import pty
 import re
 import select
-import signal
 import struct
 import subprocess
 import sys
@@ -29,7 +28,6 @@ _BOXES = re.compile("[\u2500-\u259f]")
 
 def _at_a_terminal() -> None:
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # tests that run in a shell's background inherit that it is ignored
 
 
 class Terminal:
