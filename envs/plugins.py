@@ -56,7 +56,7 @@ class Plugins:
         """The part of that name, None if there is none.
 
         Raises:
-            BadPluginError: it does not import.
+            BadPluginError: it does not import, whatever kept it from that.
         """
         if name in self._here:
             return self._here[name]
@@ -67,7 +67,7 @@ class Plugins:
             module, _, attribute = target.partition(":")
             try:
                 self._loaded[name] = getattr(import_module(module), attribute)
-            except (ImportError, AttributeError) as error:
+            except Exception as error:  # whatever another's module raises as it is read
                 raise BadPluginError(f"{self.what} {name!r} does not load from {target!r}: {error}") from error
             if self._here.get(name) is self._loaded[name]:  # its module registers it too; it is an installed part
                 del self._here[name]

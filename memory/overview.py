@@ -60,7 +60,7 @@ class OverviewTable(TallyTable):
             found = self._beginning(connection, kind, prefix, 4)
             if not found:
                 near = self._nearest(connection, kind, prefix)
-                hint = f"the nearest is {near}" if near else "list what there is"
+                hint = f"the nearest is {near}" if near else "`engrain memory stats` says what there is"
                 raise UnknownIdError(f"no {kind} {prefix!r} in {self.url}; {hint}")
         if len(found) > 1:
             raise UnknownIdError(f"{prefix!r} could be {', '.join(found)}; give more of the {kind}'s id")

@@ -24,6 +24,7 @@ from engrain.judge import Judged, Student
 from envs import registry
 from envs.base import Split, World
 from envs.errors import BadPluginError, UnknownEnvError, UsageError
+from envs.plugins import Plugins
 from memory.prompts import PROMPTS, known_mode, register_prompt
 
 ROOT = Path(__file__).parent.parent
@@ -89,6 +90,14 @@ def test_a_world_that_does_not_import_is_one_line(environment: dict[str, str], t
     done = run(environment, "-m", "engrain", "eval", "lost")
     assert done.returncode == 1
     assert "env 'lost' does not load from 'nowhere_at_all:World'" in done.stderr
+
+
+def test_a_part_whose_module_is_broken_is_one_line_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "broken_part.py").write_text("def (:\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    parts = Plugins("engrain.envs", "env", {"broken": "broken_part:World"})
+    with pytest.raises(BadPluginError, match="env 'broken' does not load from 'broken_part:World': invalid syntax"):
+        parts.find("broken")
 
 
 def test_a_registered_world_is_played_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:

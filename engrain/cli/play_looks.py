@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from agent.engines.base import Engine
 from agent.episode import Episode
-from engrain.cli.play_screen import Screen, count
+from engrain.cli.play_screen import Screen
 from engrain.cli.play_views import show_gap, show_influence
 from engrain.compare import Arm
 from engrain.influence import MOST_ITEMS, influence, parts
 from engrain.play import load
+from engrain.terminal import count
 from engrain.tokengap import token_gap
 from envs.errors import EngrainError
 from memory.records import CheckpointRecord, Knowledge

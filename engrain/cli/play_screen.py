@@ -17,6 +17,7 @@ from rich.text import Text
 from agent.episode import Episode, StopReason, Turn
 from engrain.cli.common import printable
 from engrain.play import Match, human_turns
+from engrain.terminal import count
 from envs.base import Observation, Split, Step, Task
 
 #: Colour by who speaks.
@@ -258,11 +259,6 @@ class Plain(Screen):
 
     def _line(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-def count(number: int, what: str) -> str:
-    """`1 turn`, `2 turns`."""
-    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def apart(observation: Observation) -> tuple[str, tuple[str, ...]]:

@@ -13,10 +13,11 @@ from rich.text import Text
 
 from agent.episode import Episode
 from engrain.cli.common import printable
-from engrain.cli.play_screen import Labelled, Screen, count
+from engrain.cli.play_screen import Labelled, Screen
 from engrain.compare import parting
 from engrain.influence import Influence
 from engrain.play import solved
+from engrain.terminal import count
 from engrain.tokengap import ReplyGap, TokenGap
 
 #: Nats from which a gap is shown, and from which it is shown as large (a factor of 1.6, and of 7.4).

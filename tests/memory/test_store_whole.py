@@ -332,7 +332,7 @@ def test_the_nearest_id_is_suggested(store, make_episode):
     for given, near in (("4f3a9d", "4f3a9c1122"), ("99ab", "99aa00bb11"), ("9f3b9c1122", "4f3b9c1122")):
         with pytest.raises(UnknownIdError, match=f"the nearest is {near}"):
             store.full_id("episode", given)
-    with pytest.raises(UnknownIdError, match="list what there is"):
+    with pytest.raises(UnknownIdError, match="engrain memory stats"):
         store.full_id("item", "4f")
     assert store.ids("episode", "4f") == ["4f3a9c1122", "4f3b9c1122"]
     assert store.ids("episode", limit=1) == ["4f3a9c1122"]

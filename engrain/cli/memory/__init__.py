@@ -12,6 +12,7 @@ from engrain.cli.common import JsonOption, StoreOption
 from engrain.cli.memory import episodes, items, knowledge, origins, rounds, upkeep
 from engrain.cli.memory.view import clean, effect, fields, opened, print_json, screen, short, table, time
 from engrain.curve import RoundScores, gather
+from engrain.terminal import count
 from memory.records import CheckpointRecord, Event, ItemSummary
 from memory.store import Store
 from memory.tallies import Tally
@@ -101,7 +102,7 @@ def _show(found: Survey) -> None:
     statuses = ", ".join(f"{n} {status}" for status, n in found.statuses.items())
     fields(console, [("items", statuses), ("knowledge versions", found.counts["knowledge"] or "")])
     for row in found.best:
-        detail = f"{row.support} episodes" + (f", effect {effect(row)}" if row.effect is not None else "")
+        detail = count(row.support, "episode") + (f", effect {effect(row)}" if row.effect is not None else "")
         console.print(f"  {clean(row.text)} [dim]{clean(short(row.id))}, {detail}[/dim]", highlight=False)
     number = found.counts["round"]
     fields(console, [("rounds", f"{number}  {rounds.curve_line(found.scores)}" if number else "")])

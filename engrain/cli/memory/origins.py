@@ -9,6 +9,7 @@ from rich.tree import Tree
 
 from engrain.cli.common import JsonOption, StoreOption
 from engrain.cli.memory.view import clean, effect, find_item, id_argument, opened, paged, print_json, short
+from engrain.terminal import count
 from memory.ancestry import SOURCES, CheckpointLineage, Origin
 
 CheckpointArgument = Annotated[str, id_argument("checkpoint", "CHECKPOINT")]
@@ -47,7 +48,7 @@ def blame(
         print_json(found)
         return
     tree = Tree(f"[bold]{clean(found.item.text)}[/bold] [dim]item {clean(short(found.item.id))}[/dim]")
-    tree.add(clean(f"status {found.item.status.value}, taught by {found.item.support} episodes"))
+    tree.add(clean(f"status {found.item.status.value}, taught by {count(found.item.support, 'episode')}"))
     if measured := effect(found.item):
         tree.add(f"effect on accuracy {measured}, {found.item.effect_n} tasks")
     trained = tree.add("[bold]trained into[/bold]")
@@ -97,7 +98,7 @@ def _describe(branch: Tree, level: CheckpointLineage) -> None:
     knowledge = branch.add(f"[yellow]knowledge version {text.version}[/yellow] [dim]{clean(detail)}[/dim]")
     for place in level.items:
         measured_effect = effect(place.item)
-        detail = f"{place.item.support} episodes" + (f", effect {measured_effect}" if measured_effect else "")
+        detail = count(place.item.support, "episode") + (f", effect {measured_effect}" if measured_effect else "")
         line = knowledge.add(f"{clean(place.wording)} [dim]{clean(short(place.item.id))}, {detail}[/dim]")
         for source in place.sources:
             line.add(_source_line(source))
