@@ -1,12 +1,13 @@
 """What is watched in every step, and when training must stop before it does harm.
 
-Self-distillation can collapse (arXiv 2606.04703): responses shorten, entropy falls, the KL climbs. Or the student comes
-apart, and its entropy rises far above where it and its teacher began. The guard compares each step with the first ones
-of the run and stops on the bounds a configuration sets; the trainer then keeps the best checkpoint by validation.
+Self-distillation can collapse (arXiv 2606.04703): responses shorten, entropy falls, the KL climbs. The guard compares
+each step with the first ones of the run and stops on the bounds a configuration sets; the trainer then keeps the best
+checkpoint by validation.
 
-A rise alone is no proof: while the demo learns its form the entropy goes from 0.37 to 0.65 nats and comes down again,
-and round 3 of docs/results/rounds.json, which lost all other worlds, went from 0.99 to 1.32. So that bound is wide, and
-what lies below it is the gate's to refuse.
+Entropy can be bounded from above too, and is not unless asked for: a student that learns another form is unsure for a
+while. In docs/results/recovery_products.json it went from 0.54 to 1.40 nats in a run that carried over nine tenths of
+the gap, and in round 3 of docs/results/rounds.json, which lost all other worlds, from 0.99 to 1.32 only. What such a
+round costs elsewhere is the gate's to find.
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ class GuardConfig(BaseModel):
     warmup_steps: int = Field(5, ge=1, description="steps whose mean is the reference of the ratios below")
     min_entropy_ratio: float | None = Field(0.1, description="of the reference or the teacher's entropy, the lower")
     max_entropy_ratio: float | None = Field(
-        2.0, gt=1, description="mean of two steps, of the first step's or the teacher's entropy there, the higher"
+        None, gt=1, description="mean of two steps, of the first step's or the teacher's entropy there, the higher"
     )
     min_length_ratio: float | None = Field(0.1, description="of the reference response length")
     max_length_ratio: float | None = Field(4.0, description="of the reference response length")

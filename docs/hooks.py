@@ -127,6 +127,18 @@ def _recovery() -> str:
     return _table(("method and objective", "held-out sums", "related problems"), rows)
 
 
+def _crossing() -> str:
+    """Forward KL against the objective that crosses over to reverse KL, by world."""
+    rows: list[tuple[str, str, str, str, str]] = []
+    for name, crossing in (("recovery", "auto"), ("recovery_products", "crossing"), ("recovery_chains", "crossing")):
+        found = _results(name)
+        for method, title in (("opcd:forward_kl", "forward KL"), (f"opcd:{crossing}", "crossing")):
+            seeds = [row for row in found["rows"] if row["method"] == method]
+            each = " ".join(f"{row['distilled']['accuracy']:.2f}" for row in seeds)
+            rows.append((found["world"], title, _pooled(seeds, "distilled"), each, _pooled(seeds, "ood_after")))
+    return _table(("world", "objective", "held-out tasks", "by seed", "related problems"), rows)
+
+
 def _pooled(rows: Sequence[Mapping[str, Any]], key: str) -> str:
     """One rate over all seeds, from each one's accuracy and count."""
     outcomes: list[bool] = []
@@ -176,6 +188,8 @@ COMMANDS_OF = {
     "opcd_step": "python benchmarks/opcd_step.py --repeats 2 --modes full_logits",
     "opcd_step_topk": "python benchmarks/opcd_step.py --repeats 2 --knowledge 512 2048 --modes topk_logits",
     "recovery": "python benchmarks/recovery.py",
+    "recovery_chains": "python benchmarks/recovery.py --world chains --methods opcd:forward_kl opcd:crossing",
+    "recovery_products": "python benchmarks/recovery.py --world products --methods opcd:forward_kl opcd:crossing",
     "rollout": "python benchmarks/rollout.py",
     "rounds": "python benchmarks/rounds.py",
     "sampling": "python benchmarks/sampling.py --models smollm2-135m --repeats 1",
@@ -188,6 +202,7 @@ TABLES = {
     "demo": lambda: _round("demo"),
     "reverse": lambda: _round("demo_reverse_kl"),
     "recovery": _recovery,
+    "crossing": _crossing,
     "opcd_step": _step,
     "files": _files,
 }
