@@ -64,7 +64,6 @@ class Bench:
         self.world, self.seed, self.work, self.listener = world, seed, work / world, listener
         self.config: ImproveConfig = settings_of(world, seed)
         self.tasks = RoundTasks.draw(self.config)
-        self._texts: dict[str, dict[str, Any]] = {}
 
     @cached_property
     def engine(self) -> TransformersEngine:
@@ -72,15 +71,13 @@ class Bench:
 
     def text(self, name: str) -> dict[str, Any]:
         """A knowledge text with its gap to the bare model on validation tasks; kept in a file."""
-        if name not in self._texts:
-            path = self.work / f"text-{name}-{self.seed}.json"
-            if not path.exists():
-                found = self._make(name)
-                bare, helped = (self._solved(self.tasks.validation, text) for text in (None, found))
-                gap = paired_gain(bare, helped)
-                path.write_text(json.dumps({"text": found, "gap": gap.model_dump(), "positive": gap.positive}))
-            self._texts[name] = json.loads(path.read_text())
-        return self._texts[name]
+        path = self.work / f"text-{name}-{self.seed}.json"
+        if not path.exists():
+            found = self._make(name)
+            gap = paired_gain(self._bare, self._validated(found))
+            path.write_text(json.dumps({"text": found, "gap": gap.model_dump(), "positive": gap.positive}))
+        kept: dict[str, Any] = json.loads(path.read_text())
+        return kept
 
     def _make(self, name: str) -> str:
         if name in PLACEBOS:
@@ -111,8 +108,13 @@ class Bench:
             text += "".join(said)
         return text
 
-    def _solved(self, tasks: Sequence[Task], text: str | None) -> list[bool]:
-        return [e.success for e in self._play(tasks, text)]
+    @cached_property
+    def _bare(self) -> list[bool]:
+        """The base model's outcomes on validation tasks, which every text is compared with."""
+        return self._validated(None)
+
+    def _validated(self, text: str | None) -> list[bool]:
+        return [e.success for e in self._play(self.tasks.validation, text)]
 
     def _play(self, tasks: Sequence[Task], text: str | None, sampling: SamplingParams | None = None) -> list[Episode]:
         return play(
@@ -138,10 +140,10 @@ class Bench:
         """One arm: what it trained, if anything, and all measurements."""
         arm = ARMS[name]
         started = time.monotonic()
+        self.engine.load(None)  # also after an arm that failed with its student loaded
         known = self.text(arm.text) if arm.text else None
         row: dict[str, Any] = {"knowledge": known["text"], "gap": known["gap"]} if known else {}
         if arm.distill is None:
-            self.engine.load(None)
             return row | self.measure(known["text"] if known and arm.in_context else None) | spent(started)
         assert known is not None
         placebo = arm.text in PLACEBOS
@@ -151,7 +153,6 @@ class Bench:
         folder = self.work / f"{name}-{self.seed}"
         row |= self._train(arm, known["text"], folder)
         row |= self.measure(None) | spent(started)
-        self.engine.load(None)
         shutil.rmtree(folder)
         return row
 
