@@ -192,7 +192,7 @@ COMMANDS_OF = {
     "recovery_products": "python benchmarks/recovery.py --world products --methods opcd:forward_kl opcd:crossing",
     "rollout": "python benchmarks/rollout.py",
     "rounds": "python benchmarks/rounds.py",
-    "sampling": "python benchmarks/sampling.py --models smollm2-135m --repeats 1",
+    "sampling": "python benchmarks/sampling.py --models smollm2-135m --repeats 3",
     "scaling": "python benchmarks/scaling.py",
     "store": "python benchmarks/store.py",
     "ui": "python benchmarks/ui.py",

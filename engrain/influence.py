@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from agent.episode import Episode
 from engrain.errors import NothingSampledError
-from engrain.play import sampled_turns
+from engrain.match import sampled_turns
 from memory.records import Knowledge
 from memory.render import render_knowledge
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from agent.episode import Episode
 from agent.renderer import Renderer
-from engrain.play import sampled_turns
+from engrain.match import sampled_turns
 
 if TYPE_CHECKING:  # it imports torch, which a person who plays alone need not wait for
     from engrain.scoring import Scorer

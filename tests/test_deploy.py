@@ -15,8 +15,9 @@ import subprocess
 import sys
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from memory.store import Store
 ROOT = Path(__file__).parents[1]
 COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
-ONCE = {"fetch", "play"}  # they end by themselves, or with the person at the terminal
+ONCE = {"fetch"}  # it ends by itself
 VLLM = os.environ.get("ENGRAIN_TEST_VLLM") or shutil.which("vllm")
 
 
@@ -88,7 +89,7 @@ def test_services_start_in_order() -> None:
     assert needs["loop-gpu"] == {"postgres", "vllm"}
     assert needs["vllm"] == needs["vllm-cpu"] == {"fetch"}
     assert needs["play"] == needs["ui"] == {"postgres"}
-    assert SERVICES["ui"]["profiles"] == ["ui"]
+    assert [SERVICES[name]["profiles"] for name in ("ui", "play")] == [["ui"], ["play"]]
     assert SERVICES["metrics"]["profiles"] == ["metrics"]
     for name in ("vllm", "vllm-cpu"):
         assert SERVICES[name]["environment"]["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "True"
@@ -285,43 +286,104 @@ def test_the_loop_of_the_compose_file_plays_a_round_and_leaves_when_told(
         assert len(store.episode_rows(round_id=record.id, stage="play")) == 1
 
 
-def test_the_dashboard_of_the_compose_file_opens_for_the_token_alone(postgres: str, tmp_path: Path) -> None:
-    assert SERVICES["ui"]["hostname"] == "ui"  # what --host names is this very container
-    port = free_port()
-    words = command("ui", host="127.0.0.1", port=str(port))
-    check = [word.replace("//ui:8765/", f"//127.0.0.1:{port}/") for word in SERVICES["ui"]["healthcheck"]["test"]]
-    assert check[:2] == ["CMD", "python"]
-    assert str(port) in check[-1]
-    secret = tmp_path / "postgres_password"
-    secret.write_text("p@ss/word:1\n")
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "PYTHONUNBUFFERED": "1",  # as in the image
-        "ENGRAIN_HOME": str(tmp_path / "nothing"),
-        "ENGRAIN_STORE": postgres,
-        "ENGRAIN_STORE_PASSWORD_FILE": str(secret),
-    }
-    log = tmp_path / "ui.log"
-    with log.open("wb") as out:
-        ui = subprocess.Popen([sys.executable, "-m", "engrain", *words], env=environment, stdout=out, stderr=out)
-    try:
+class Opened:
+    """A service that answers in the browser, as a process with the words of the compose file, opened with its token."""
+
+    def __init__(self, name: str, inside: int, postgres: str, folder: Path, home: Path) -> None:
+        assert SERVICES[name]["hostname"] == name  # what --host names is this very container
+        port = free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        words = command(name, host="127.0.0.1", port=str(port))
+        check = [
+            w.replace(f"//{name}:{inside}/", f"//127.0.0.1:{port}/") for w in SERVICES[name]["healthcheck"]["test"]
+        ]
+        assert check[:2] == ["CMD", "python"]
+        assert str(port) in check[-1]
+        assert SERVICES[name]["ports"] == [f"127.0.0.1:{inside}:{inside}"]
+        secret, self.log = folder / "postgres_password", folder / f"{name}.log"
+        secret.write_text("p@ss/word:1\n")
+        environment = os.environ | {
+            "PYTHONPATH": str(ROOT),
+            "PYTHONUNBUFFERED": "1",  # as in the image
+            "ENGRAIN_HOME": str(home),
+            "ENGRAIN_STORE": postgres,
+            "ENGRAIN_STORE_PASSWORD_FILE": str(secret),
+        }
+        with self.log.open("wb") as out:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "engrain", *words], env=environment, stdout=out, stderr=out
+            )
+        self._check = [sys.executable, *check[2:]]
+        self.browser = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())
+
+    def open(self) -> str:
+        """The first page."""
         deadline = time.monotonic() + 120
-        while subprocess.run([sys.executable, *check[2:]], capture_output=True).returncode:
-            assert ui.poll() is None, log.read_text()
-            assert time.monotonic() < deadline, log.read_text()
+        while subprocess.run(self._check, capture_output=True).returncode:
+            assert self.process.poll() is None, self.log.read_text()
+            assert time.monotonic() < deadline, self.log.read_text()
             time.sleep(0.2)
-        address = re.search(rf"http://127\.0\.0\.1:{port}/\?token=\S+", log.read_text())
-        assert address is not None, log.read_text()
+        address = re.search(rf"{self.url}/\w*\?token=\S+", self.log.read_text())
+        assert address is not None, self.log.read_text()
         with pytest.raises(urllib.error.HTTPError):
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=30)
-        browser = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())
-        with browser.open(address[0], timeout=30) as page:
+            urllib.request.urlopen(self.url, timeout=30)
+        return self.ask(address[0])
+
+    def ask(self, address: str, **form: str) -> str:
+        """A page, or the one after a form."""
+        data = urllib.parse.urlencode(form).encode() if form else None
+        with self.browser.open(address, data=data, timeout=60) as page:
             assert page.status == 200
-            assert b"Engrain" in page.read()
-        ui.send_signal(signal.SIGTERM)
-        assert ui.wait(timeout=30) in (0, -signal.SIGTERM, 143)
-    finally:
-        ui.kill()
-        ui.wait()
-    assert "p@ss" not in log.read_text()
+            return str(page.read().decode())
+
+    def stop(self) -> None:
+        self.process.send_signal(signal.SIGTERM)
+        assert self.process.wait(timeout=30) in (0, -signal.SIGTERM, 143)
+        assert "p@ss" not in self.log.read_text()
+
+
+@pytest.fixture
+def served(postgres: str, tmp_path: Path) -> Iterator[Callable[..., Opened]]:
+    started: list[Opened] = []
+
+    def start(name: str, inside: int, home: Path) -> Opened:
+        started.append(Opened(name, inside, postgres, tmp_path, home))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.process.kill()
+        one.process.wait()
+
+
+def test_the_dashboard_of_the_compose_file_opens_for_the_token_alone(
+    served: Callable[..., Opened], tmp_path: Path
+) -> None:
+    ui = served("ui", 8765, tmp_path / "nothing")
+    assert "Engrain" in ui.open()
+    ui.stop()
     assert not (tmp_path / "nothing").exists()  # its volume is read-only
+
+
+def test_a_game_is_played_with_the_play_service_of_the_compose_file(
+    served: Callable[..., Opened], postgres: str, tmp_path: Path
+) -> None:
+    play = served("play", 8766, tmp_path / "home")
+    page = play.open()
+    (csrf,) = set(re.findall(r'name="csrf" value="([^"]+)"', page))
+    place = re.search(r'<option value="(\d+)">math</option>', page)
+    assert place is not None, page
+    for reply in ("I leave", "42"):
+        page = play.ask(f"{play.url}/play", csrf=csrf, place=place[1], seat="human")
+        game = re.search(r'action="(/play/[0-9a-f]+)"', page)
+        assert game is not None, page
+        if reply == "I leave":
+            page = play.ask(play.url + game[1], csrf=csrf, turn="1", do="leave")
+            assert "nothing to keep" in page
+        else:
+            page = play.ask(play.url + game[1], csrf=csrf, turn="1", text=reply)
+            assert "Kept as episode" in page
+    play.stop()
+    with Store.open(postgres) as store:
+        (row,) = [row for row in store.episode_rows(stage="play") if row.model == "human"]
+        assert store.episode(row.id).turns[0].action == "42"

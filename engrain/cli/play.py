@@ -5,11 +5,10 @@ from __future__ import annotations
 import io
 import json
 import os
-import secrets
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -40,9 +39,11 @@ from engrain.cli.play_looks import Closer
 from engrain.cli.play_menu import pick_seat, pick_world
 from engrain.cli.play_screen import Labelled, Plain, Screen
 from engrain.cli.play_sitting import Sitting
+from engrain.cli.play_web import check_web, serve_games
+from engrain.cli.serving import LOOPBACK, PORT, HostOption, PortOption
 from engrain.compare import Arm, arms_of, newest_checkpoint, newest_knowledge, parent_of
-from engrain.play import LeftError
-from envs import registry
+from engrain.match import AgentMatch
+from engrain.play import LeftError, any_seed, draw_tasks, load
 from envs.base import Split, Task
 from envs.errors import UsageError
 from memory.errors import UnknownIdError
@@ -109,13 +110,18 @@ def command(
         bool,
         typer.Option("--plain", envvar="ENGRAIN_PLAIN", help="One fact a line, nothing else: for screen readers."),
     ] = False,
+    web: Annotated[
+        bool, typer.Option("--web", help="In the browser: prints an address. You play; with --co the agent suggests.")
+    ] = False,
+    host: HostOption = LOOPBACK,
+    port: PortOption = PORT,
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Watch the agent play, play yourself, or decide together. Every game is stored for the next round to learn from.
 
     Without ENV a menu asks. While you play, /help lists what else can be typed; Ctrl-C leaves, and what was played is
-    kept.
+    kept. With --web and without ENV the page lists the worlds, with the options that rounds of the store had.
     """
     _check(
         human,
@@ -128,11 +134,13 @@ def command(
         base_url,
         as_json,
     )
+    if web:
+        check_web(env, option, compare or gap or why, episodes, as_json)
     screen = _screen(plain, as_json)
     keyboard = Keyboard(screen, editing=not plain)
     with _hang_up():
         try:
-            if env is None:
+            if env is None and not web:
                 if as_json:
                     raise UsageError("--json asks nothing: name the world, for instance `engrain play math --json`")
                 env = pick_world(keyboard)
@@ -141,17 +149,31 @@ def command(
                     human, co = seat == "play", seat == "both"
         except (LeftError, KeyboardInterrupt):
             raise typer.Exit from None
-        if seed is None:
-            seed = secrets.randbelow(100_000) if human or co else 0
-        options = world_options(option)
-        tasks = _tasks(env, options, split, episodes, seed)
+        asked = _Asked(model, env or "", world_options(option), checkpoint, knowledge, against, gap, why)
         sampling = SamplingParams(temperature=temperature, max_tokens=max_tokens, admissible_only=admissible)
+        if web:
+            with open_store(store) as opened, ExitStack() as entered:
+                agent = None
+                if co:
+                    text, weights = _found(opened, asked, newest=False)
+                    sampler = entered.enter_context(open_sampler(model, engine, base_url))
+                    check_room(sampler, text)
+                    load(sampler, weights)
+                    arm = Arm(_player(text, knowledge, weights), text, weights)
+
+                    def agent(task: Task, seed: int) -> AgentMatch:
+                        return Sitting(opened, screen, seed).match(task, sampler, arm, sampling)
+
+                serve_games(opened, env, asked.options, seed, split, agent, host, port)
+            return
+        if seed is None:
+            seed = any_seed() if human or co else 0
+        tasks = draw_tasks(asked.env, asked.options, split, episodes, seed)
         with open_store(store) as opened:
             sitting = Sitting(opened, screen, seed)
             if human:
                 sitting.by_hand(tasks, keyboard)
             else:
-                asked = _Asked(model, env, options, checkpoint, knowledge, against, gap, why)
                 text, weights = _found(opened, asked, newest=compare)
                 parent = parent_of(opened, weights)
                 arms = arms_of(text, weights, parent) if compare else []
@@ -208,19 +230,6 @@ def _screen(plain: bool, as_json: bool) -> Screen:
         os.environ["TERM"] = "dumb"  # for all that draws: no spinner, no bar, no line editing
     console = Console(quiet=as_json, highlight=False, no_color=True if plain else None)
     return Plain(console) if plain else Labelled(console)
-
-
-def _tasks(env: str, options: dict[str, str], split: Split | None, count: int, seed: int) -> list[Task]:
-    """The tasks of a split; by default training tasks, or test tasks where the world has no others."""
-    world = registry.world(env, options)
-    if split is not None:
-        return world.tasks(split, count, seed)
-    try:
-        return world.tasks(Split.TRAIN, count, seed)
-    except UsageError:
-        with suppress(UsageError):
-            return world.tasks(Split.TEST, count, seed)
-        raise
 
 
 def _taught(store: Store, checkpoint: CheckpointRecord | None) -> Knowledge | None:

@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from engrain.cli.play_screen import Screen
-from engrain.play import LeftError, Match
+from engrain.match import Match
+from engrain.play import LeftError
 
 _COMMANDS = {
     "/help": "this list",

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from agent.episode import Episode, StopReason, Turn
 from engrain.cli.common import printable
-from engrain.play import Match, human_turns
+from engrain.match import Match, human_turns
 from engrain.terminal import count
 from envs.base import Observation, Split, Step, Task
 

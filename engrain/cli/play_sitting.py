@@ -18,7 +18,8 @@ from engrain.cli.play_looks import Closer, Look
 from engrain.cli.play_screen import Screen
 from engrain.cli.play_views import show_comparison, show_totals
 from engrain.compare import Arm
-from engrain.play import AgentMatch, HumanMatch, Match, load, play_match, solved
+from engrain.match import AgentMatch, HumanMatch, Match
+from engrain.play import load, play_match, solved
 from envs.base import Step, Task
 from memory.records import CheckpointRecord
 from memory.store import Store
@@ -75,7 +76,7 @@ class Sitting:
         played = []
         for task in tasks:
             self.screen.opening(task, self.seed, f"{who} ({engine.model}, {arm.name})")
-            match = AgentMatch(task, self._plan(engine, arm, sampling), self._namespace(engine, arm, sampling))
+            match = self.match(task, engine, arm, sampling)
             look = closer.following(self.screen, arm, teacher) if closer and not self.screen.quiet else None
             episode = self._play(match, self._chooser(keyboard, look=look), self.screen)
             if episode is None:
@@ -105,7 +106,7 @@ class Sitting:
             for arm in arms:
                 with self.screen.waiting(f"loading the weights of {arm.name}"):
                     load(engine, arm.checkpoint)
-                match = AgentMatch(task, self._plan(engine, arm, sampling), self._namespace(engine, arm, sampling))
+                match = self.match(task, engine, arm, sampling)
                 watcher = _Quietly(self.screen, first=arm is arms[0])
                 episode = self._play(match, self._chooser(None, arm.name), watcher)
                 if episode is None or self.left:
@@ -128,6 +129,19 @@ class Sitting:
                 break
             shown.append(found)
         show_totals(self.screen, shown)
+
+    def match(self, task: Task, engine: Engine, arm: Arm, sampling: SamplingParams) -> AgentMatch:
+        """A game with the agent and the weights that are loaded. The same game again is the same episode."""
+        plan = Plan(
+            engine=engine,
+            renderer=Renderer(engine.tokenizer),
+            sampling=sampling.model_copy(update={"seed": self.seed}),
+            knowledge=arm.knowledge.text if arm.knowledge else None,
+            knowledge_id=arm.knowledge.id if arm.knowledge else None,
+        )
+        known = arm.knowledge.id if arm.knowledge else None
+        settings = (fingerprint(engine.model), engine.checkpoint, known, sampling.model_dump(), self.seed)
+        return AgentMatch(task, plan, f"play\0{json.dumps(settings)}")
 
     # -- parts ------------------------------------------------------------------------------------------------------
 
@@ -172,21 +186,6 @@ class Sitting:
             return suggestion if own is None else own
 
         return choose
-
-    def _plan(self, engine: Engine, arm: Arm, sampling: SamplingParams) -> Plan:
-        return Plan(
-            engine=engine,
-            renderer=Renderer(engine.tokenizer),
-            sampling=sampling.model_copy(update={"seed": self.seed}),
-            knowledge=arm.knowledge.text if arm.knowledge else None,
-            knowledge_id=arm.knowledge.id if arm.knowledge else None,
-        )
-
-    def _namespace(self, engine: Engine, arm: Arm, sampling: SamplingParams) -> str:
-        """The same game again is the same episode."""
-        known = arm.knowledge.id if arm.knowledge else None
-        settings = (fingerprint(engine.model), engine.checkpoint, known, sampling.model_dump(), self.seed)
-        return f"play\0{json.dumps(settings)}"
 
 
 def _what(arm: Arm) -> list[str]:

@@ -2,83 +2,16 @@
 
 from __future__ import annotations
 
-import ipaddress
-import socket
-from contextlib import closing, suppress
-from typing import Annotated
-
-import typer
-from rich.console import Console
-
-from agent.errors import MissingPackageError
 from engrain.cli.common import StoreOption, open_store
-from envs.errors import UsageError
-
-LOOPBACK = "127.0.0.1"
+from engrain.cli.serving import LOOPBACK, PORT, HostOption, PortOption, check_extra, serve
 
 
-def command(
-    host: Annotated[
-        str, typer.Option("--host", help="Address or name under which people open it; loopback keeps others out.")
-    ] = LOOPBACK,
-    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port; 0 takes a free one.")] = 8765,
-    store: StoreOption = None,
-) -> None:
+def command(host: HostOption = LOOPBACK, port: PortOption = PORT, store: StoreOption = None) -> None:
     """Show rounds, items, knowledge, episodes and lineage in the browser, and the running round as it goes.
 
     Prints an address with a token; whoever has it may read the store, and retire and restore items. Needs
     engrain\\[ui]. Nothing is fetched from elsewhere. Ctrl-C ends it.
     """
-    try:
-        import uvicorn
-
-        from engrain.ui.access import Access
-        from engrain.ui.app import make_app
-    except ImportError as error:
-        raise MissingPackageError(
-            f"the dashboard needs {error.name or error}, which is not installed; pip install 'engrain[ui]'"
-        ) from None
-    with open_store(store, create=False) as memory, closing(_listen(host, port)) as listening:
-        access = Access()
-        app = make_app(memory, access, hosts=[host])
-        where = f"[{host}]" if ":" in host else host
-        address = f"http://{where}:{listening.getsockname()[1]}/?token={access.token}"
-        console = Console(highlight=False, soft_wrap=True)
-        console.print(f"the dashboard of {memory.url} is at", markup=False)
-        console.print(address, markup=False)
-        if not _is_loopback(host):
-            console.print("not encrypted: whoever listens on the way reads the token and the pages", markup=False)
-        config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False)
-        with suppress(KeyboardInterrupt):  # how it is meant to end
-            uvicorn.Server(config).run(sockets=[listening])
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    """A socket that listens at an address.
-
-    Raises:
-        UsageError: it is no address of this machine, all of them at once, or the port is taken.
-    """
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        if ipaddress.ip_address(str(address[0]).partition("%")[0]).is_unspecified:
-            raise UsageError(f"--host {host} is no address that people open; name the one that they will use")
-        # With its protocol named, or answers wait 40 ms for each other (Nagle): asyncio turns that off only then.
-        listening = socket.socket(family, kind, protocol)
-    except (OSError, UnicodeError) as error:
-        raise UsageError(f"--host {host} is no address of this machine: {error}; leave it out for loopback") from error
-    try:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind(address)
-        listening.listen(128)
-    except (OSError, OverflowError) as error:
-        listening.close()
-        raise UsageError(f"cannot listen at {host}:{port}: {error}; choose another --port or --host") from error
-    return listening
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+    check_extra()
+    with open_store(store, create=False) as memory:
+        serve(memory, host, port, f"the dashboard of {memory.url} is")

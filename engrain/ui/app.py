@@ -14,26 +14,30 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from engrain import svg
 from engrain.ui.access import LOOPBACK, Access, Guard
-from engrain.ui.pages import changes, checkpoints, episodes, items, knowledge, overview, rounds
+from engrain.ui.games import Games
+from engrain.ui.pages import changes, checkpoints, episodes, items, knowledge, overview, play, rounds
 from engrain.ui.site import Site
 from envs.errors import EngrainError, UsageError
 from memory.errors import UnknownIdError
 from memory.store import Store
 
 
-def make_app(store: Store, access: Access, hosts: Sequence[str] = ()) -> FastAPI:
+def make_app(store: Store, access: Access, hosts: Sequence[str] = (), games: Games | None = None) -> FastAPI:
     """The dashboard of a store.
 
     Args:
         store: stays open as long as the application runs.
         access: its secrets; `access.token` opens it.
         hosts: names besides loopback's under which people reach it.
+        games: what people play here; None: nothing.
     """
-    site = Site(store, access)
+    site = Site(store, access, games)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)  # their pages load scripts from elsewhere
     app.state.site = site
     for pages in (overview, rounds, items, knowledge, episodes, checkpoints, changes):
         app.include_router(pages.router)
+    if games is not None:
+        app.include_router(play.router)
     app.mount("/static", StaticFiles(directory=Path(__file__).parent / "static"))
 
     @app.get("/charts.css")

@@ -9,13 +9,15 @@ from typing import Annotated, Any, TypeVar
 from urllib.parse import quote, urlencode
 
 import jinja2
-from fastapi import Depends, Request
+from fastapi import Depends, Form, Request
 from fastapi.responses import HTMLResponse
 from markupsafe import Markup
+from starlette.exceptions import HTTPException
 
 from engrain.cli.memory.view import effect, short, time
 from engrain.terminal import printable
 from engrain.ui.access import Access
+from engrain.ui.games import Games
 from memory.errors import UnknownIdError
 from memory.records import Knowledge, RoundRecord
 from memory.store import Store
@@ -27,10 +29,10 @@ _T = TypeVar("_T")
 
 
 class Site:
-    """A store with the templates that show it."""
+    """A store with the templates that show it, and the games that are played here, if any are."""
 
-    def __init__(self, store: Store, access: Access) -> None:
-        self.store, self.access = store, access
+    def __init__(self, store: Store, access: Access, games: Games | None = None) -> None:
+        self.store, self.access, self.games = store, access, games
         self._versions: dict[str, int] = {}  # a text keeps its number for ever
         self._templates = jinja2.Environment(
             loader=jinja2.PackageLoader("engrain.ui"),
@@ -41,7 +43,7 @@ class Site:
             lstrip_blocks=True,
         )
         self._templates.filters.update(time=_time, effect=effect, short=short, step=_step, number=_number, count=_count)
-        self._templates.globals.update(query=_query)
+        self._templates.globals.update(query=_query, playing=games is not None)
 
     def page(self, template: str, status: int = 200, /, **values: Any) -> HTMLResponse:
         """A page of these values."""
@@ -81,6 +83,12 @@ def _site(request: Request) -> Site:
 
 #: What a page's function takes to get the site.
 TheSite = Annotated[Site, Depends(_site)]
+
+
+def signed(site: TheSite, csrf: Annotated[str, Form()] = "") -> None:
+    """Refuse forms that are none of ours."""
+    if not site.access.signs(csrf):
+        raise HTTPException(403, "this form is not from this server, or from before it was started anew; load it again")
 
 
 def _found(given: str, read: Callable[[str], _T], whole: Callable[[], str]) -> _T:

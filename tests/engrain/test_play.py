@@ -22,7 +22,8 @@ from agent.rollout import play
 from engrain.cli.play_input import Keyboard
 from engrain.cli.play_menu import pick_world
 from engrain.cli.play_screen import Labelled, Plain, Screen, apart
-from engrain.play import AgentMatch, HumanMatch, LeftError, human_turns, play_match
+from engrain.match import AgentMatch, HumanMatch, human_turns
+from engrain.play import LeftError, any_seed, draw_tasks, play_match
 from envs import registry
 from envs.base import Env, Observation, Split, Step, Task, World
 from memory.admission import unverified
@@ -369,3 +370,9 @@ def test_screens_say_the_same_facts_and_stay_in_their_lines(kind: type[Screen], 
     else:
         assert all(lines)
         assert not any(line.startswith(" ") for line in lines)
+
+
+def test_a_seed_that_nobody_chose_is_one_that_every_built_in_world_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engrain.play.secrets.randbelow", lambda limit: limit - 1)
+    for name in ("math", "textworld", "frozenlake", "sokoban"):
+        assert len(draw_tasks(name, {}, None, 1, any_seed())) == 1

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from agent.episode import StopReason
-from engrain.play import human_turns
+from engrain.match import human_turns
 from memory.store import Store
 
 _ESCAPE = re.compile(r"\x1b(\[[0-9;?]*[A-Za-z]|\][^\x07]*\x07|[=>])")

@@ -22,7 +22,8 @@ from engrain.cli.play_views import painted, show_comparison, show_gap, show_infl
 from engrain.compare import Arm, arms_of, newest_checkpoint, newest_knowledge, parting
 from engrain.errors import NothingSampledError, NothingToCompareError
 from engrain.influence import influence, parts
-from engrain.play import AgentMatch, Match, play_match
+from engrain.match import AgentMatch, Match
+from engrain.play import play_match
 from engrain.scoring import Scorer
 from engrain.tokengap import ReplyGap, TokenGap, pieces, token_gap
 from envs.base import Env, Observation, Split, Step, Task

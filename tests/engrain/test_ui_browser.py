@@ -6,6 +6,7 @@ store in them is made up.
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import socket
@@ -33,17 +34,22 @@ class Served:
     def __init__(self, store: Store) -> None:
         from engrain.ui.access import Access
         from engrain.ui.app import make_app
+        from engrain.ui.games import Games, Place
 
         self.access = Access()
         listening = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-        self._server = uvicorn.Server(uvicorn.Config(make_app(store, self.access), log_level="warning"))
+        coins = Place("textworld", {"game": "coin_collector"})
+        self.games = Games(store, [Place("math"), coins], itertools.count(3))
+        app = make_app(store, self.access, games=self.games)
+        self._server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [listening]}, daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
         self._server.should_exit = self._server.force_exit = True
         self._thread.join(timeout=20)
+        self.games.close()
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +119,7 @@ def test_a_keyboard_is_enough_to_retire_and_restore_an_item(page: Any, served: S
         page.focus(f"text={label} …")
         keys.press("Enter")
         page.wait_for_url(f"**/{label.lower()}")
-        page.wait_for_function("document.activeElement.name === 'why'")  # autofocus comes after the address
+        page.wait_for_selector("input[name=why]:focus")  # autofocus comes after the address
         keys.type(f"{label} by keyboard")
         keys.press("Enter")
         page.wait_for_url(f"**/items/{item_id(LESSONS[0])}")
@@ -123,6 +129,31 @@ def test_a_keyboard_is_enough_to_retire_and_restore_an_item(page: Any, served: S
         "Restore by keyboard",
     ]
     picture(page, "item")
+
+
+def test_a_game_is_played_with_the_keyboard_alone(page: Any, served: Served, store: Store) -> None:
+    keys = page.keyboard
+    page.goto(f"{served.url}/play")
+    page.get_by_label("World").select_option(index=1)
+    page.focus("text=Begin")
+    keys.press("Enter")
+    page.wait_for_url("**/play/*")
+    page.wait_for_selector("input[name=text]:focus")  # the world may take a second to start
+    picture(page, "play")
+    keys.type("look around")
+    keys.press("Enter")
+    page.wait_for_selector("#turn-1")
+    page.wait_for_selector("input[name=text]:focus")
+    told = page.locator("body").aria_snapshot()
+    assert 'heading "Turn 1"' in told
+    assert 'textbox "Your reply"' in told
+    page.focus("text=Leave")
+    keys.press("Enter")
+    page.wait_for_selector("text=left in the middle")
+    page.click("#now a >> nth=0")
+    page.wait_for_url("**/episodes/*")
+    (row,) = [row for row in store.episode_rows(stage="play") if row.model == "human"]
+    assert store.episode(row.id).turns[0].action == "look around"
 
 
 def test_light_and_dark_and_what_a_screen_reader_is_told(page: Any, served: Served) -> None:

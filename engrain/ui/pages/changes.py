@@ -9,18 +9,11 @@ from fastapi import APIRouter, Depends, Form
 from fastapi.responses import RedirectResponse, Response
 from starlette.exceptions import HTTPException
 
-from engrain.ui.site import TheSite
+from engrain.ui.site import TheSite, signed
 from memory.records import ItemStatus
 
-
-def _signed(site: TheSite, csrf: Annotated[str, Form()] = "") -> None:
-    """Refuse forms that are none of ours."""
-    if not site.access.signs(csrf):
-        raise HTTPException(403, "this form is not from this server, or from before it was started anew; load it again")
-
-
 router = APIRouter()
-_forms = APIRouter(dependencies=[Depends(_signed)])
+_forms = APIRouter(dependencies=[Depends(signed)])
 
 Who = Annotated[str, Form(min_length=1, max_length=200)]
 Why = Annotated[str, Form(min_length=1, max_length=2000)]
