@@ -24,8 +24,9 @@ help:
 demo: $(VENV)/.installed
 	$(BIN)/engrain improve --demo
 
+# Two files of tests side by side. PASSIVE: vLLM's threads and torch's would spin against each other.
 test: lint
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest  # vLLM's threads and torch's would spin against each other
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-servers: $(VENV)/.installed-dev
 	OMP_WAIT_POLICY=PASSIVE ENGRAIN_TEST_VLLM=$(CURDIR)/$(BIN)/vllm $(BIN)/python -m pytest \

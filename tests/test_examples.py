@@ -85,7 +85,9 @@ def test_the_command_line_knows_what_entry_points_name(environment: dict[str, st
 
 
 def test_a_world_that_does_not_import_is_one_line(environment: dict[str, str], tmp_path: Path) -> None:
-    about = tmp_path / "site" / "engrain_examples-0.1.0.dist-info"
+    about = tmp_path / "site" / "lost-0.1.0.dist-info"  # a name of its own: `pip install ./examples` leaves its there
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: lost\nVersion: 0.1.0\n")
     (about / "entry_points.txt").write_text("[engrain.envs]\nlost = nowhere_at_all:World\n")
     done = run(environment, "-m", "engrain", "eval", "lost")
     assert done.returncode == 1
