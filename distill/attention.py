@@ -4,6 +4,8 @@ A block mask says the same, but a kernel that is handed a mask multiplies out ev
 sequence is one causal call, so that a row of n equal sequences costs an n-th of that. A shared prefix is one more call
 for the whole row; its part and the sequence's own are put together by their log-sum-exps, which is exact.
 
+A model's own attention dropout is not applied to packed rows: what is trained is the distribution that was sampled.
+
 It is a transformers attention implementation by the name of `IMPLEMENTATION`. A model that has it behaves as with
 `sdpa` until a forward is given a `layout`; gradient checkpointing carries the layout into its second forward.
 """

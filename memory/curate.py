@@ -16,7 +16,7 @@ from memory.errors import UnknownIdError
 from memory.generality import instance_terms, quoted_terms
 from memory.normalise import NEAR, item_id, nearest, similarity
 from memory.prompts import EXAMPLES, MARKER
-from memory.records import Extraction, Item, ItemStatus, Knowledge
+from memory.records import MERGED, Extraction, Item, ItemStatus, Knowledge
 from memory.render import compose
 from memory.store import Store
 
@@ -48,7 +48,7 @@ def admit(
     - An item that quotes its task's own numbers or names is marked `instance-bound`, until another task teaches it.
     - Items that contradict each other are marked so, both ways.
     - An absorbed item that is taught anew was not absorbed, and is active again. Retired and harmful items stay so
-      however they are worded.
+      however they are worded; what was merged into another item, or reworded, is evidence for that one.
 
     Doing it twice changes nothing.
 
@@ -215,9 +215,22 @@ def _resolve(
                 if id_ not in pool:
                     twin = nearest(text, recalled, _RECALLED) or nearest(text, pool.values(), NEAR, likeness)
                     id_ = twin.id if twin is not None else id_
+            id_ = _standing(id_, pool)
             pool.setdefault(id_, Item(id=id_, text=text))
             accepted.append((extraction, text, id_))
     return accepted
+
+
+def _standing(id_: str, pool: Mapping[str, Item]) -> str:
+    """The item itself, or the one that took its place when it was merged or reworded, however often."""
+    seen = {id_}
+    while id_ in pool and pool[id_].status is ItemStatus.RETIRED:
+        into = next((f.other for f in reversed(pool[id_].flags) if f.flag == MERGED and f.other in pool), id_)
+        if into in seen:  # restored by hand and merged the other way round
+            break
+        seen.add(into)
+        id_ = into
+    return id_
 
 
 def _refusal(text: str, extraction: Extraction, read: Sequence[Episode]) -> str | None:

@@ -12,7 +12,18 @@ from envs.errors import UsageError
 from memory.database import Database, chunks
 from memory.errors import UnknownIdError
 from memory.normalise import item_id
-from memory.records import Extraction, Item, ItemEffect, ItemFlag, ItemSource, ItemStatus, ItemSummary, digest, now
+from memory.records import (
+    MERGED,
+    Extraction,
+    Item,
+    ItemEffect,
+    ItemFlag,
+    ItemSource,
+    ItemStatus,
+    ItemSummary,
+    digest,
+    now,
+)
 from memory.schema import EpisodeRow, ItemEffectRow, ItemFlagRow, ItemRow, ItemSourceRow, KnowledgeItemRow
 
 _BATCH = 500
@@ -75,7 +86,7 @@ class ItemTable(Database):
                     }
                     for number, episode in enumerate(dict.fromkeys(episodes))
                 ]
-                self._insert_rows(connection, ItemSourceRow, sources)
+                self._insert_rows(connection, ItemSourceRow, _unknown_to(connection, id_, sources))
                 count_support(connection, [id_])
         return self.item(id_)
 
@@ -232,11 +243,8 @@ class ItemTable(Database):
         self._set_status(connection, duplicate, ItemStatus.RETIRED.value, who, why)
         found = connection.execute(sa.select(ItemSourceRow.__table__).where(ItemSourceRow.item_id == duplicate))
         sources = [dict(row, id=digest(into, row["id"]), item_id=into) for row in found.mappings()]
-        known = sa.select(ItemSourceRow.extraction_id, ItemSourceRow.episode_id)
-        present = {tuple(row) for row in connection.execute(known.where(ItemSourceRow.item_id == into))}
-        fresh = [row for row in sources if (row["extraction_id"], row["episode_id"]) not in present]
-        self._insert_rows(connection, ItemSourceRow, fresh)
-        flag = {"item_id": duplicate, "flag": "merged", "other": into, "note": "", "who": who, "at": now()}
+        self._insert_rows(connection, ItemSourceRow, _unknown_to(connection, into, sources))
+        flag = {"item_id": duplicate, "flag": MERGED, "other": into, "note": "", "who": who, "at": now()}
         self._insert_rows(connection, ItemFlagRow, [flag])
         self._log(connection, "item", into, "merged", who, why, {"duplicate": duplicate})
         count_support(connection, [into])
@@ -310,6 +318,13 @@ def _flags(connection: sa.Connection, ids: Iterable[str]) -> dict[str, list[Item
         for row in connection.execute(query.order_by(ItemFlagRow.at, ItemFlagRow.flag, ItemFlagRow.other)).mappings():
             flags[row["item_id"]].append(ItemFlag(**{key: row[key] for key in ItemFlag.model_fields}))
     return flags
+
+
+def _unknown_to(connection: sa.Connection, item: str, sources: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those of the sources that the item does not have yet, by itself or through a merge."""
+    known = sa.select(ItemSourceRow.extraction_id, ItemSourceRow.episode_id).where(ItemSourceRow.item_id == item)
+    present = {tuple(row) for row in connection.execute(known)}
+    return [row for row in sources if (row["extraction_id"], row["episode_id"]) not in present]
 
 
 def count_support(connection: sa.Connection, ids: Iterable[str]) -> None:

@@ -113,6 +113,10 @@ class ItemSource(Record):
     created_at: datetime
 
 
+#: The mark of an item whose place another one took, its `other`.
+MERGED = "merged"
+
+
 class ItemFlag(Record):
     """A mark on an item, such as `instance-bound` or `contradicts`; `other` is the item it contradicts, "" for none."""
 

@@ -20,6 +20,7 @@ from memory.records import (
 )
 from memory.render import compose
 from memory.store import Store
+from tests.engrain.furnished import furnish
 
 
 @pytest.fixture
@@ -380,3 +381,15 @@ def test_a_table_keeps_its_texts_and_ids_on_any_screen(lived, width):
     for words in (item.id[:10], "Knock", "[first].", "active", "+0.20"):
         assert words in shown, (words, shown)
     assert ("last learned" in shown) == (width > 80)
+
+
+def test_marks_give_way_before_ids_and_statuses_are_cut(tmp_path):
+    path = str(tmp_path / "furnished.db")
+    with Store.open(path) as store:
+        furnish(store)
+        ids = [item.id[:10] for item in store.items()]
+    for width in (80, 100):
+        shown = CliRunner().invoke(app, ["items", "--store", path], env={"COLUMNS": str(width)}).output
+        assert all(id_ in shown for id_ in ids)
+        assert "active" in shown
+        assert ("marks" in shown) == (width > 80)

@@ -187,3 +187,32 @@ def test_admitting_in_two_calls_or_twice_gives_the_same_books(book, say):
 class _Bytes:
     def __call__(self, text, add_special_tokens):
         return {"input_ids": list(text.encode())}
+
+
+def test_evidence_worded_like_a_merged_item_counts_for_the_one_that_took_its_place(book, say):
+    first = say("e1", "Knock before you enter.", "Ring the bell twice at noon.")
+    kept, merged = (item.id for item in admit(book, [first]))
+    book.merge_items(merged, kept, "ada", "the same")
+    reworded = book.reword_item(kept, "Announce yourself at every door.", "ada", "clearer").id
+    state = everything(book)
+    admit(book, [first])
+    assert everything(book) == state  # read again: no source twice
+    later = say("e2", "Ring the bell twice at noon!", "Knock before you enter")
+    assert [item.id for item in admit(book, [later])] == [reworded]
+    assert book.item(reworded).support == 2
+    assert [book.item(id_).support for id_ in (merged, kept)] == [1, 1]
+    assert len(book.item(reworded).sources) == 2
+    book.set_item_status(merged, ItemStatus.ACTIVE, "ada", "it is another thing after all")
+    third = say("e3", "Ring the bell twice at noon.")
+    assert [item.id for item in admit(book, [third])] == [merged]
+
+
+def test_two_items_that_were_merged_into_each_other_still_take_evidence(book, say):
+    one, two = (item.id for item in admit(book, [say("e1", "Knock before you enter.", "Ring the bell at noon.")]))
+    book.merge_items(two, one, "ada", "the same")
+    book.set_item_status(two, ItemStatus.ACTIVE, "ada", "no")
+    book.merge_items(one, two, "ada", "the other way round")
+    assert [item.id for item in admit(book, [say("e2", "Knock before you enter.")])] == [two]
+    book.set_item_status(two, ItemStatus.RETIRED, "ada", "neither")
+    (item,) = admit(book, [say("e3", "Knock before you enter.")])
+    assert item.status is ItemStatus.RETIRED

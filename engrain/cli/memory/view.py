@@ -79,7 +79,7 @@ def clean(value: object) -> str:
 
 
 WIDE = frozenset({"item", "text", "wording", "why", "verdict", "path", "problem"})  # may take several lines
-ELASTIC = frozenset({"env", "model", "started", "created", "when", "last learned"})  # may be cut short
+ELASTIC = frozenset({"env", "model", "started", "created", "when", "last learned", "marks"})  # may be cut short
 _LEAST = {"elastic": 10, "effect": 14, "wide": 24}  # characters that they keep, in the order in which they get more
 _GAP, _EDGES = 3, 2  # characters between columns, and on both sides of a table
 _PIPE = 160  # characters a line where there is no screen
