@@ -15,14 +15,14 @@ _NAMED = re.compile(
         (?P<sign> ["']? \s* [=:] \s* ["']? (?:bearer\s+)? ) (?P<secret> [^\s"'&,;}]+ )"""
 )
 _BEARER = re.compile(r"(?i)\b(bearer)\s+[^\s\"',;]+")
-_SECRET_KEY = re.compile(r"(?i)(password|passwd|secret|api[_-]?key|authorization)$|^token$")
+_SECRET_KEY = re.compile(r"(?i)(password|passwd|secret|api[_-]?key|authorization)$|^(engrain_)?(ui_)?token$")
 
 
 def redact(text: str) -> str:
     """The text with `***` in the place of each secret that can be known as one."""
     settings = Settings()
-    for key in (settings.api_key.get_secret_value(), settings.coach_api_key.get_secret_value()):
-        if key:
+    for secret in (settings.api_key, settings.coach_api_key, settings.ui_token):
+        if key := secret.get_secret_value():
             text = text.replace(key, HIDDEN)
     text = _IN_URL.sub(rf"\g<scheme>\g<who>:{HIDDEN}@", text)
     text = _BEARER.sub(rf"\1 {HIDDEN}", text)

@@ -36,6 +36,9 @@ class Settings(BaseSettings):
     coach_api_key: SecretStr = SecretStr("")
     """Sent to a coach's server, which may be somebody else's: it never gets `api_key`. Otherwise as that."""
 
+    ui_token: SecretStr = SecretStr("")
+    """What opens the pages of `engrain ui` and `engrain play --web`; by default each start draws one and prints it."""
+
     server_patience: float = Field(300.0, ge=0, allow_inf_nan=False)
     """Seconds that a request to an inference server is tried again, for instance while the server starts anew."""
 
@@ -50,6 +53,13 @@ class Settings(BaseSettings):
             variable = f"ENGRAIN_{str(info.field_name).upper()}"
             raise ValueError(f"a key is printable ASCII without spaces; put nothing else into {variable}")
         return SecretStr(stripped)
+
+    @field_validator("ui_token")
+    @classmethod
+    def _hard_to_guess(cls, token: SecretStr) -> SecretStr:
+        if not re.fullmatch(r"[\w-]{16,}|", token.get_secret_value(), re.ASCII):
+            raise ValueError("a token is 16 or more letters, digits, - and _; `openssl rand -hex 24` makes one")
+        return token
 
     @field_validator("home")
     @classmethod

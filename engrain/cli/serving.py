@@ -50,14 +50,16 @@ def serve(store: Store, host: str, port: int, what: str, path: str = "/", games:
     """
     import uvicorn
 
+    from engrain.settings import Settings
     from engrain.ui.access import Access
     from engrain.ui.app import make_app
 
+    kept = Settings().ui_token.get_secret_value()
     with closing(_listen(host, port)) as listening:
-        access = Access()
+        access = Access(kept or None)
         app = make_app(store, access, hosts=[host], games=games)
         where = f"[{host}]" if ":" in host else host
-        address = f"http://{where}:{listening.getsockname()[1]}{path}?token={access.token}"
+        address = f"http://{where}:{listening.getsockname()[1]}{path}?token={'$ENGRAIN_UI_TOKEN' if kept else access.token}"
         console = Console(highlight=False, soft_wrap=True)
         console.print(f"{what} at", markup=False)
         console.print(address, markup=False)

@@ -247,12 +247,14 @@ def test_bad_input_is_one_line(
         ("ENGRAIN_SERVER_TIMEOUT", "nan", "ENGRAIN_SERVER_TIMEOUT: Input should be a finite number"),
         ("ENGRAIN_HOME", "~no-such-user-at-all/x", "there is no such user's home; name a folder"),
         ("ENGRAIN_STORE", "mysql://x/y", "'mysql' is no database"),
+        ("ENGRAIN_UI_TOKEN", "xyzzy", "ENGRAIN_UI_TOKEN: a token is 16 or more letters"),
         ("ENGRAIN_DEBUG", "perhaps", "ENGRAIN_DEBUG: Input should be a valid boolean"),
     ],
 )
 def test_a_bad_variable_is_named_as_it_is_set(here: Path, variable: str, value: str, words: str) -> None:
     result = CliRunner().invoke(shell.app, [w.replace("{here}", str(here)) for w in EVAL], env={variable: value})
     refused(result, 2, words)
+    assert "xyzzy" not in result.output
 
 
 @pytest.mark.parametrize("with_knowledge", [False, True])

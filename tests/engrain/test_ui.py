@@ -420,18 +420,21 @@ def test_addresses_that_cannot_be_served_are_one_line(furnished: Path) -> None:
             assert said in " ".join(result.stderr.split()), result.stderr
 
 
-def test_the_command_serves_until_it_is_interrupted(furnished: Path) -> None:
+@pytest.mark.parametrize("token", ["", "a-token_that-stays"])
+def test_the_command_serves_until_it_is_interrupted(furnished: Path, token: str) -> None:
     import httpx2
 
     command = [sys.executable, "-m", "engrain", "ui", "--port", "0", "--store", str(furnished)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "ENGRAIN_UI_TOKEN": token}
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     ) as served:
         assert served.stdout is not None
         assert str(furnished) in served.stdout.readline()
         address = served.stdout.readline().strip()
-        assert re.fullmatch(r"http://127\.0\.0\.1:\d+/\?token=[\w-]{43}", address)
+        shown = r"\$ENGRAIN_UI_TOKEN" if token else r"[\w-]{43}"
+        assert re.fullmatch(rf"http://127\.0\.0\.1:\d+/\?token={shown}", address)
+        address = address.replace("$ENGRAIN_UI_TOKEN", token)
         with httpx2.Client(follow_redirects=True, timeout=60) as client:
             assert client.get(address.partition("?")[0]).status_code == 403
             page = client.get(address)
