@@ -59,7 +59,8 @@ def serve(store: Store, host: str, port: int, what: str, path: str = "/", games:
         access = Access(kept or None)
         app = make_app(store, access, hosts=[host], games=games)
         where = f"[{host}]" if ":" in host else host
-        address = f"http://{where}:{listening.getsockname()[1]}{path}?token={'$ENGRAIN_UI_TOKEN' if kept else access.token}"
+        token = "$ENGRAIN_UI_TOKEN" if kept else access.token
+        address = f"http://{where}:{listening.getsockname()[1]}{path}?token={token}"
         console = Console(highlight=False, soft_wrap=True)
         console.print(f"{what} at", markup=False)
         console.print(address, markup=False)
