@@ -2,6 +2,7 @@
 
     python benchmarks/evidence.py --world sums [--seeds 0 1 2] [--arms opcd-forward_kl ...] [--force]
     python benchmarks/evidence.py --page        # tables and plots of all runs that are there
+    python benchmarks/evidence.py --world sokoban --model Qwen/Qwen2.5-1.5B-Instruct --coach Qwen/Qwen2.5-7B-Instruct
 
 The knowledge of a world and seed is what the model itself extracts from twelve played tasks (the written prompt for
 `helpdesk`), filtered by validation as in a round, or not. If its gap to the bare model is not there on validation
@@ -13,6 +14,9 @@ Measured without training tasks, and paired by task: 128 test tasks; 48 plain pr
 checkable instructions (`instructions.py`), which nobody trained on; and 32 replies at temperature 1 for entropy,
 length, variety and phrases that cite experience. One JSON file a run, in FOLDER; what is there is not
 run again, and a run that was cut goes on. Runs that fail are kept too. The last line is JSON.
+
+`frozenlake` and `sokoban` are for a GPU. Runs of another model, any that `engrain improve --model` takes, go to a
+folder of their own.
 """
 
 from __future__ import annotations
@@ -60,14 +64,15 @@ TRACES = 1024
 class Bench:
     """One world and seed: its tasks, its texts, and how students are measured."""
 
-    def __init__(self, world: str, seed: int, work: Path, listener: ConsoleListener) -> None:
+    def __init__(self, world: str, seed: int, model: str, coach: str, work: Path, listener: ConsoleListener) -> None:
         self.world, self.seed, self.work, self.listener = world, seed, work / world, listener
-        self.config: ImproveConfig = settings_of(world, seed)
+        self.model, self.coach = model, coach
+        self.config: ImproveConfig = settings_of(world, seed, model)
         self.tasks = RoundTasks.draw(self.config)
 
     @cached_property
     def engine(self) -> TransformersEngine:
-        return TransformersEngine(resolve(MODEL), name=MODEL)
+        return TransformersEngine(resolve(self.model), name=self.model)
 
     def text(self, name: str) -> dict[str, Any]:
         """A knowledge text with its gap to the bare model on validation tasks; kept in a file."""
@@ -84,7 +89,7 @@ class Bench:
             return PLACEBOS[name]
         if (written := WORLDS[self.world].written) is not None:
             return written
-        config = settings_of(self.world, self.seed, coach=name == "coach")
+        config = settings_of(self.world, self.seed, self.model, coach=self.coach if name == "coach" else None)
         with Store.open(str(self.work / f"store-{'coach' if name == 'coach' else 'own'}-{self.seed}.db")) as store:
             round_ = Round(store, self.engine, config, open_round(store, config), self.work / "unused", self.listener)
             episodes = round_.play()
@@ -158,8 +163,11 @@ class Bench:
 
     def _train(self, arm: Arm, text: str, folder: Path) -> dict[str, Any]:
         """Train, and leave the engine with the best checkpoint by validation."""
-        config = DistillConfig.model_validate({**self.config.distill.model_dump(), **(arm.distill or {})})
-        teacher = TransformersEngine(resolve(COACH), name=COACH) if config.teacher else None
+        asked = dict(arm.distill or {})
+        if "teacher" in asked:
+            asked["teacher"] = self.coach
+        config = DistillConfig.model_validate({**self.config.distill.model_dump(), **asked})
+        teacher = TransformersEngine(resolve(self.coach), name=self.coach) if config.teacher else None
         with nullcontext() if teacher is None else closing(teacher):
             fit = consolidate(
                 self.engine,
@@ -210,33 +218,36 @@ def main() -> None:
     parser.add_argument("--world", choices=WORLDS, nargs="*", default=[])
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM")
+    parser.add_argument("--model", default=MODEL, help="who plays and learns")
+    parser.add_argument("--coach", default=COACH, help="the larger model of the arms that have one")
     parser.add_argument("--force", action="store_true", help="train also where the gap test refuses")
     parser.add_argument("--page", action="store_true", help="only build the page of the runs that are there")
-    parser.add_argument("--out", type=Path, default=Path("docs/results/evidence"), help="one JSON file a run")
-    parser.add_argument("--work", type=Path, default=Path("runs/evidence"), help="texts, stores and checkpoints")
+    parser.add_argument("--out", type=Path, help="one JSON file a run; default docs/results/evidence")
+    parser.add_argument("--work", type=Path, help="texts, stores and checkpoints; default runs/evidence")
     given = parser.parse_args()
+    own = "" if given.model == MODEL else "-" + given.model.strip("/").replace("/", "-").lower()
+    out, work = given.out or Path(f"docs/results/evidence{own}"), given.work or Path(f"runs/evidence{own}")
     if not given.world and not given.page:
         parser.error("give --world, or --page")
     with ConsoleListener(Console(stderr=True)) as listener:
         for world in given.world:
             for seed in given.seeds:
-                run_all(world, seed, given.arms, given.out, given.work, listener, force=given.force)
-    print(json.dumps(build(given.out)))
+                bench = Bench(world, seed, given.model, given.coach, work, listener)
+                run_all(bench, given.arms, out, force=given.force)
+    print(json.dumps(build(out)))
 
 
-def run_all(
-    world: str, seed: int, arms: Sequence[str], out: Path, work: Path, listener: ConsoleListener, *, force: bool
-) -> None:
+def run_all(bench: Bench, arms: Sequence[str], out: Path, *, force: bool) -> None:
     """All arms of a world and seed that have not been run."""
+    world, seed = bench.world, bench.seed
     missing = [name for name in arms_of(world) if name in arms and not (out / world / f"{name}-{seed}.json").exists()]
     if not missing:
         return
-    bench = Bench(world, seed, work, listener)
     bench.work.mkdir(parents=True, exist_ok=True)
     (out / world).mkdir(parents=True, exist_ok=True)
     for name in missing:
-        listener.stage("evidence", f"{world}, seed {seed}: {ARMS[name].title}")
-        row: dict[str, Any] = {"world": world, "arm": name, "seed": seed}
+        bench.listener.stage("evidence", f"{world}, seed {seed}: {ARMS[name].title}")
+        row: dict[str, Any] = {"world": world, "arm": name, "seed": seed, "model": bench.model}
         try:
             row |= bench.run(name, force=force)
         except EngrainError as error:

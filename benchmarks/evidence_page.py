@@ -27,6 +27,8 @@ _TITLES = {
     "chains": "Chains of three terms that count only as `\\boxed{12}`",
     "helpdesk": "A written prompt: sorting messages",
     "cooking": "TextWorld cooking",
+    "frozenlake": "FrozenLake without its rules",
+    "sokoban": "Sokoban without its rules",
 }
 _OURS, _PEER = "opcd-forward_kl", "off_policy"
 
@@ -165,6 +167,7 @@ def draw(runs: Runs, path: Path) -> None:
 def build(folder: Path) -> dict[str, Any]:
     """Write `evidence.md` and `evidence.png` beside the folder of runs, and return the result as one JSON object."""
     runs = load(folder)
+    asked = [world for world in WORLDS if world in runs or not WORLDS[world].large]
     mean_recovery = {
         world: {
             name: round(mean(found), 3)
@@ -184,7 +187,7 @@ def build(folder: Path) -> dict[str, Any]:
         ]
         lines += [reading.read_text(encoding="utf-8"), ""] if reading.exists() else []
         made = sum(len(rows) for arms in runs.values() for rows in arms.values())
-        planned = sum(len(arms_of(world)) for world in WORLDS) * len(SEEDS)
+        planned = sum(len(arms_of(world)) for world in asked) * len(SEEDS)
         lines += [f"{made} of {planned} planned runs have been made; the others wait for the same command.", ""]
         lines += [f"![Accuracy of every student]({folder.name}.png)", ""]
         for world, arms in runs.items():
@@ -194,7 +197,7 @@ def build(folder: Path) -> dict[str, Any]:
     mine, theirs = (mean(values) if values else None for values in (ours, peer))
     missing = [
         f"{world}/{name}-{seed}"
-        for world in WORLDS
+        for world in asked
         for name in arms_of(world)
         for seed in SEEDS
         if seed not in runs.get(world, {}).get(name, {})

@@ -34,6 +34,7 @@ class Place:
     written: str | None = None  # the prompt that is distilled; None: knowledge is extracted from play
     distill: Mapping[str, Any] = field(default_factory=dict)  # what differs from the demo's training
     budget_tokens: int = 128
+    large: bool = False  # more than two cores can do in a day
 
 
 WORLDS: dict[str, Place] = {
@@ -54,6 +55,19 @@ WORLDS: dict[str, Place] = {
     ),
     "helpdesk": Place(WorldSpec(env="helpdesk"), 12, written=helpdesk.PROMPT),
     "cooking": Place(WorldSpec(env="textworld", options={"game": "cooking"}), 16, budget_tokens=256),
+    # The paper's 3 x 3 lake has a dozen boards for tests; 128 need a larger one.
+    "frozenlake": Place(
+        WorldSpec(env="frozenlake", options={"size": "4", "holes": "3", "random_corners": "true", "max_turns": "8"}),
+        64,
+        budget_tokens=256,
+        large=True,
+    ),
+    "sokoban": Place(
+        WorldSpec(env="sokoban", options={"max_turns": "8"}),
+        64,
+        budget_tokens=256,
+        large=True,
+    ),
 }
 
 #: Fluent texts that cannot help: one is about something else, one is wrong.
@@ -129,9 +143,9 @@ ARMS: dict[str, Arm] = {
     "opcd-unfiltered": Arm("OPCD, forward KL, unfiltered knowledge", "unfiltered", distill=_opcd("forward_kl")),
     "opcd-irrelevant": Arm("OPCD by force, irrelevant placebo", "irrelevant", distill=_opcd("forward_kl")),
     "opcd-wrong": Arm("OPCD by force, wrong placebo", "wrong", distill=_opcd("forward_kl")),
-    "in-context-coach": Arm("the 1.5B's knowledge in the 0.5B's context", "coach", in_context=True),
+    "in-context-coach": Arm("the coach's knowledge in context", "coach", in_context=True),
     "cross-size": Arm(
-        "OPCD, forward KL, the 1.5B with its knowledge teaches", "coach", distill=_opcd("forward_kl", teacher=COACH)
+        "OPCD, forward KL, the coach with its knowledge teaches", "coach", distill=_opcd("forward_kl", teacher=COACH)
     ),
 }
 
@@ -142,7 +156,7 @@ def arms_of(place: str) -> list[str]:
     return [name for name, arm in ARMS.items() if played or arm.text not in ("unfiltered", "traces")]
 
 
-def settings_of(place: str, seed: int, *, coach: bool = False) -> ImproveConfig:
+def settings_of(place: str, seed: int, model: str = MODEL, *, coach: str | None = None) -> ImproveConfig:
     """The demo's settings on a world, with 128 test tasks and other worlds; the model or a coach reads the episodes."""
     found, base = WORLDS[place], demo_config(seed=seed)
     plain = OodSpec(env="math", options=found.world.options if found.world.env == "math" else {}, tasks=48)
@@ -154,14 +168,14 @@ def settings_of(place: str, seed: int, *, coach: bool = False) -> ImproveConfig:
     }
     return base.model_copy(
         update={
-            "model": MODEL,
+            "model": model,
             "world": found.world,
             "play": base.play.model_copy(
                 update={"sampling": SamplingParams(temperature=0.7, max_tokens=found.max_tokens)}
             ),
             "extract": base.extract.model_copy(
                 update={
-                    "embeddings": "none", "budget_tokens": found.budget_tokens, "coach": COACH if coach else None
+                    "embeddings": "none", "budget_tokens": found.budget_tokens, "coach": coach
                 }
             ),
             "evaluation": base.evaluation.model_copy(

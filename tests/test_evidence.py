@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -117,6 +119,37 @@ def test_every_arm_has_valid_settings_on_every_world(bench: Any) -> None:
                 made = DistillConfig.model_validate({**config.distill.model_dump(), **arm.distill})
                 assert (made.steps, made.batch_size) == (12, 16)  # one budget for all
     assert "opcd-unfiltered" not in bench.arms_of("helpdesk")
+
+
+def test_every_world_has_its_tasks(bench: Any) -> None:
+    from engrain.rounds import RoundTasks
+
+    for place in bench.WORLDS:
+        tasks = RoundTasks.draw(bench.settings_of(place, 0))
+        assert [len(tasks.validation), len(tasks.test)] == [32, 128]
+        assert [len(found) for found in tasks.ood.values()] == [48, 100]
+
+
+@pytest.mark.timeout(300)
+def test_another_model_runs_through_and_its_runs_are_kept(tiny_folder: Path, tmp_path: Path) -> None:
+    """Of random weights, so nothing is learned; a placebo is trained by force, and what has no gap is refused."""
+    out = tmp_path / "evidence"
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "evidence.py"), "--world", "helpdesk", "--seeds", "0",
+         "--model", str(tiny_folder), "--arms", "bare", "opcd-forward_kl", "opcd-wrong",
+         "--out", str(out), "--work", str(tmp_path / "work")],
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    runs = {path.stem: json.loads(path.read_text()) for path in (out / "helpdesk").glob("*.json")}
+    assert runs.keys() == {"bare-0", "opcd-forward_kl-0", "opcd-wrong-0"}
+    assert all(run["model"] == str(tiny_folder) and "error" not in run for run in runs.values())
+    assert len(runs["bare-0"]["test"]) == 128
+    assert runs["opcd-forward_kl-0"]["gap_test"] == "refused"
+    assert "trains nothing" in runs["opcd-forward_kl-0"]["refused"]
+    assert runs["opcd-wrong-0"]["steps"] == 12
+    assert not (tmp_path / "work" / "helpdesk" / "opcd-wrong-0").exists()  # weights are not kept
+    assert json.loads(done.stdout.splitlines()[-1])["runs"] == 3
 
 
 def test_the_page_tells_of_every_run_also_of_those_that_failed(bench: Any, tmp_path: Path) -> None:
