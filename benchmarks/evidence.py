@@ -1,19 +1,21 @@
 """Does it learn, on more than one world? Every way to use a knowledge text, on the same budget, three seeds, paired.
 
-    python benchmarks/evidence.py --world sums [--seeds 0 1 2] [--arms opcd-forward_kl ...] [--force]
+    python benchmarks/evidence.py --world sums [--seeds 3 4 5] [--arms opcd-forward_kl ...] [--force] [--retry]
     python benchmarks/evidence.py --page        # tables and plots of all runs that are there
-    python benchmarks/evidence.py --world sokoban --model Qwen/Qwen2.5-1.5B-Instruct --coach Qwen/Qwen2.5-7B-Instruct
+    python benchmarks/evidence.py --world sokoban --model Qwen/Qwen2.5-1.5B-Instruct --coach Qwen/Qwen2.5-3B-Instruct
 
 The knowledge of a world and seed is what the model itself extracts from twelve played tasks (the written prompt for
 `helpdesk`), filtered by validation as in a round, or not. If its gap to the bare model is not there on validation
 tasks, the loop would train nothing; then no method is trained either, unless `--force` is given, and the run says so.
-Every method gets the same number of training episodes of the same longest length; what it sampled is counted. Its
-checkpoint is chosen on 32 validation tasks; settings are the demo's, which were chosen on validation tasks of `sums`.
+The larger model's own gap counts where it teaches. Every method gets the same number of training episodes of the same
+longest length; what it sampled is counted. Its checkpoint is chosen on 32 validation tasks. Settings are the demo's,
+which were chosen on validation tasks of `sums` for OPCD with forward KL; no other method was tuned. Math tasks of seeds
+0 to 2 were looked at while Engrain was built, so math worlds are asked with seeds 3 to 5.
 
 Measured without training tasks, and paired by task: 128 test tasks; 48 plain problems of other kinds and a hundred
-checkable instructions (`instructions.py`), which nobody trained on; and 32 replies at temperature 1 for entropy,
-length, variety and phrases that cite experience. One JSON file a run, in FOLDER; what is there is not
-run again, and a run that was cut goes on. Runs that fail are kept too. The last line is JSON.
+checkable instructions (`instructions.py`), replies cut at 32 tokens, which nobody trained on; and 32 episodes at
+temperature 1 for entropy, length, variety and phrases that cite experience. One JSON file a run; what is there is not
+run again unless it failed or was refused and `--retry` is given, and a run that was cut goes on. The last line is JSON.
 
 `frozenlake` and `sokoban` are for a GPU. Runs of another model, any that `engrain improve --model` takes, go to a
 folder of their own.
@@ -25,6 +27,7 @@ import argparse
 import json
 import random
 import shutil
+import subprocess
 import time
 from collections.abc import Sequence
 from contextlib import closing, nullcontext
@@ -32,8 +35,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from evidence_page import SEEDS, build
-from evidence_worlds import ARMS, COACH, PLACEBOS, WORLDS, Arm, arms_of, settings_of
+from evidence_page import build
+from evidence_worlds import ARMS, COACH, PLACEBOS, WORLDS, arms_of, settings_of
 from measure import where
 from rich.console import Console
 from rounds import monitored
@@ -47,11 +50,12 @@ from engrain.config import ImproveConfig
 from engrain.console import ConsoleListener
 from engrain.consolidate import consolidate
 from engrain.demo import MODEL
+from engrain.evaluate import failures
 from engrain.gate import paired_gain
 from engrain.loop import Round
 from engrain.rounds import RoundTasks, open_round
 from envs.base import Task
-from envs.errors import EngrainError
+from envs.errors import EngrainError, UsageError
 from memory.records import Knowledge, digest
 from memory.render import compose, count_tokens
 from memory.store import Store
@@ -67,6 +71,7 @@ class Bench:
     def __init__(self, world: str, seed: int, model: str, coach: str, work: Path, listener: ConsoleListener) -> None:
         self.world, self.seed, self.work, self.listener = world, seed, work / world, listener
         self.model, self.coach = model, coach
+        self._spare: Path | None = None
         self.config: ImproveConfig = settings_of(world, seed, model)
         self.tasks = RoundTasks.draw(self.config)
 
@@ -75,13 +80,25 @@ class Bench:
         return TransformersEngine(resolve(self.model), name=self.model)
 
     def text(self, name: str) -> dict[str, Any]:
-        """A knowledge text with its gap to the bare model on validation tasks; kept in a file."""
+        """A knowledge text with its gap to the bare model on validation tasks; kept in a file.
+
+        Raises:
+            UsageError: the file is of another model, coach or settings.
+        """
         path = self.work / f"text-{name}-{self.seed}.json"
+        coach = self.coach if name == "coach" else None
+        made_by = {
+            "model": self.model,
+            "coach": coach,
+            "settings": digest(settings_of(self.world, self.seed, self.model, coach=coach).model_dump_json()),
+        }
         if not path.exists():
             found = self._make(name)
             gap = paired_gain(self._bare, self._validated(found))
-            path.write_text(json.dumps({"text": found, "gap": gap.model_dump(), "positive": gap.positive}))
+            write(path, {"text": found, "gap": gap.model_dump(), "positive": gap.positive, **made_by})
         kept: dict[str, Any] = json.loads(path.read_text())
+        if any(kept.get(key) != value for key, value in made_by.items()):
+            raise UsageError(f"{path} was made with another model, coach or settings; name another folder with --work")
         return kept
 
     def _make(self, name: str) -> str:
@@ -108,9 +125,8 @@ class Bench:
         for episode in episodes:
             said = [f"\n\nTask: {episode.messages[-1].content}"] if not episode.turns else []
             said += [f"\n\n{turn.observation}\nReply: {turn.action}\nThen: {turn.feedback}" for turn in episode.turns]
-            if count_tokens(text + "".join(said), self.engine.tokenizer) > TRACES:
-                break
-            text += "".join(said)
+            if count_tokens(text + "".join(said), self.engine.tokenizer) <= TRACES:
+                text += "".join(said)
         return text
 
     @cached_property
@@ -121,10 +137,16 @@ class Bench:
     def _validated(self, text: str | None) -> list[bool]:
         return [e.success for e in self._play(self.tasks.validation, text)]
 
-    def _play(self, tasks: Sequence[Task], text: str | None, sampling: SamplingParams | None = None) -> list[Episode]:
+    def _play(
+        self,
+        tasks: Sequence[Task],
+        text: str | None,
+        sampling: SamplingParams | None = None,
+        engine: TransformersEngine | None = None,
+    ) -> list[Episode]:
         return play(
             tasks,
-            self.engine,
+            engine or self.engine,
             sampling=sampling or self.config.evaluation.sampling,
             namespace="evidence",
             knowledge=text,
@@ -135,10 +157,17 @@ class Bench:
     def measure(self, text: str | None) -> dict[str, Any]:
         """Everything that is measured of the student that is loaded, with a text in its context or without."""
         greedy = SamplingParams(temperature=0.0, max_tokens=32)
-        found: dict[str, Any] = {"test": bits(self._play(self.tasks.test, text)), "other": {}}
-        for name, tasks in self.tasks.ood.items():
-            found["other"][name] = bits(self._play(tasks, text, greedy))
-        found["sampled"] = monitored(self._play(self.tasks.test[:32], text, FREE), self.engine)
+        played = {"test": self._play(self.tasks.test, text)}
+        played |= {name: self._play(tasks, text, greedy) for name, tasks in self.tasks.ood.items()}
+        free = self._play(self.tasks.test[:32], text, FREE)
+        found: dict[str, Any] = {
+            "test": bits(played["test"]),
+            "other": {name: bits(played[name]) for name in self.tasks.ood},
+            "sampled": monitored(free, self.engine),
+            "broken": {name: n for name, e in {**played, "sampled": free}.items() if (n := len(failures(e)))},
+        }
+        if groups := [task.parameters["template"] for task in self.tasks.test if "template" in task.parameters]:
+            found["groups"] = groups
         return found
 
     def run(self, name: str, *, force: bool) -> dict[str, Any]:
@@ -148,40 +177,58 @@ class Bench:
         self.engine.load(None)  # also after an arm that failed with its student loaded
         known = self.text(arm.text) if arm.text else None
         row: dict[str, Any] = {"knowledge": known["text"], "gap": known["gap"]} if known else {}
+        if arm.text == "coach":
+            row["coach"] = self.coach
         if arm.distill is None:
             return row | self.measure(known["text"] if known and arm.in_context else None) | spent(started)
         assert known is not None
         placebo = arm.text in PLACEBOS
-        row["gap_test"] = "passed" if known["positive"] else "refused"
-        if not known["positive"] and not (force or placebo):
-            return row | {"refused": "the gap is not there on validation tasks: the loop trains nothing"}
-        folder = self.work / f"{name}-{self.seed}"
-        row |= self._train(arm, known["text"], folder)
-        row |= self.measure(None) | spent(started)
-        shutil.rmtree(folder)
-        return row
-
-    def _train(self, arm: Arm, text: str, folder: Path) -> dict[str, Any]:
-        """Train, and leave the engine with the best checkpoint by validation."""
-        asked = dict(arm.distill or {})
+        asked = dict(arm.distill)
+        teacher = None
         if "teacher" in asked:
             asked["teacher"] = self.coach
+            teacher = TransformersEngine(resolve(self.coach), name=self.coach)
         config = DistillConfig.model_validate({**self.config.distill.model_dump(), **asked})
-        teacher = TransformersEngine(resolve(self.coach), name=self.coach) if config.teacher else None
         with nullcontext() if teacher is None else closing(teacher):
-            fit = consolidate(
-                self.engine,
-                self.tasks.pool,
-                Knowledge(id=digest(text), items=(), text=text, tokens=count_tokens(text, self.engine.tokenizer)),
-                config,
-                folder,
-                on_step=lambda metrics: self.listener.step(metrics, config.steps),
-                validate=self._validate,
-                teacher=teacher,
-            )
+            positive = known["positive"]
+            if teacher is not None:
+                taught = [e.success for e in self._play(self.tasks.validation, known["text"], engine=teacher)]
+                gap = paired_gain(self._bare, taught)
+                row["gap"], positive = gap.model_dump(), gap.positive
+            row["gap_test"] = "passed" if positive else "refused"
+            if not positive and not (force or placebo):
+                return row | {"refused": "the gap is not there on validation tasks: the loop trains nothing"}
+            row["forced"] = not positive
+            folder = self.work / f"{name}-{self.seed}"
+            row |= self._train(config, known["text"], folder, teacher)
+        row |= self.measure(None) | spent(started)
+        self._spare = folder
+        return row
+
+    def clear(self) -> None:
+        """Remove the weights of the run that was written last."""
+        if self._spare is not None:
+            shutil.rmtree(self._spare)
+            self._spare = None
+
+    def _train(
+        self, config: DistillConfig, text: str, folder: Path, teacher: TransformersEngine | None
+    ) -> dict[str, Any]:
+        """Train, and leave the engine with the best checkpoint by validation."""
+        fit = consolidate(
+            self.engine,
+            self.tasks.pool,
+            Knowledge(id=digest(text), items=(), text=text, tokens=count_tokens(text, self.engine.tokenizer)),
+            config,
+            folder,
+            on_step=lambda metrics: self.listener.step(metrics, config.steps),
+            validate=self._validate,
+            teacher=teacher,
+        )
         self.engine.load(fit.best)
         steps = fit.history
         return {
+            "dropped": sum(m.dropped for m in steps),
             "sampled_tokens": round(sum(m.response_tokens * m.sequences for m in steps)),
             "steps": len(steps),
             "best_step": fit.best_step,
@@ -209,6 +256,22 @@ def bits(episodes: Sequence[Episode]) -> str:
     return "".join("01"[episode.success] for episode in episodes)
 
 
+def write(path: Path, content: dict[str, Any]) -> None:
+    """A JSON file, there whole or not at all."""
+    draft = path.with_suffix(".draft")
+    draft.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    draft.replace(path)
+
+
+def commit() -> str | None:
+    """The code that made a run."""
+    try:
+        asked = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+        return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
 def spent(started: float) -> dict[str, float]:
     return {"seconds": round(time.monotonic() - started, 1)}
 
@@ -216,11 +279,12 @@ def spent(started: float) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--world", choices=WORLDS, nargs="*", default=[])
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    parser.add_argument("--seeds", type=int, nargs="+", help="default: the world's three")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM")
     parser.add_argument("--model", default=MODEL, help="who plays and learns")
     parser.add_argument("--coach", default=COACH, help="the larger model of the arms that have one")
     parser.add_argument("--force", action="store_true", help="train also where the gap test refuses")
+    parser.add_argument("--retry", action="store_true", help="again what failed or was refused")
     parser.add_argument("--page", action="store_true", help="only build the page of the runs that are there")
     parser.add_argument("--out", type=Path, help="one JSON file a run; default docs/results/evidence")
     parser.add_argument("--work", type=Path, help="texts, stores and checkpoints; default runs/evidence")
@@ -231,16 +295,21 @@ def main() -> None:
         parser.error("give --world, or --page")
     with ConsoleListener(Console(stderr=True)) as listener:
         for world in given.world:
-            for seed in given.seeds:
+            for seed in given.seeds or WORLDS[world].seeds:
                 bench = Bench(world, seed, given.model, given.coach, work, listener)
-                run_all(bench, given.arms, out, force=given.force)
+                run_all(bench, given.arms, out, force=given.force, retry=given.retry)
     print(json.dumps(build(out)))
 
 
-def run_all(bench: Bench, arms: Sequence[str], out: Path, *, force: bool) -> None:
+def run_all(bench: Bench, arms: Sequence[str], out: Path, *, force: bool, retry: bool) -> None:
     """All arms of a world and seed that have not been run."""
     world, seed = bench.world, bench.seed
-    missing = [name for name in arms_of(world) if name in arms and not (out / world / f"{name}-{seed}.json").exists()]
+
+    def done(name: str) -> bool:
+        path = out / world / f"{name}-{seed}.json"
+        return path.exists() and not (retry and "test" not in json.loads(path.read_text()))
+
+    missing = [name for name in arms_of(world) if name in arms and not done(name)]
     if not missing:
         return
     bench.work.mkdir(parents=True, exist_ok=True)
@@ -252,8 +321,9 @@ def run_all(bench: Bench, arms: Sequence[str], out: Path, *, force: bool) -> Non
             row |= bench.run(name, force=force)
         except EngrainError as error:
             row["error"] = str(error)
-        row["machine"] = where()
-        (out / world / f"{name}-{seed}.json").write_text(json.dumps(row, indent=1) + "\n", encoding="utf-8")
+        row |= {"machine": where(), "commit": commit()}
+        write(out / world / f"{name}-{seed}.json", row)
+        bench.clear()
         rate = sum(map(int, row["test"])) / len(row["test"]) if "test" in row else None
         print(f"{world:10} seed {seed} {name:24} {row.get('refused') or row.get('error') or f'{rate:.2f}'}", flush=True)
 

@@ -35,16 +35,20 @@ class Place:
     distill: Mapping[str, Any] = field(default_factory=dict)  # what differs from the demo's training
     budget_tokens: int = 128
     large: bool = False  # more than two cores can do in a day
+    seeds: tuple[int, ...] = (0, 1, 2)
 
+
+_MATH_SEEDS = (3, 4, 5)  # figures of test tasks of 0 to 2 were seen while objectives were chosen
 
 WORLDS: dict[str, Place] = {
-    "sums": Place(WorldSpec(env="math", options={"convention": "answer_tag"}), 32),
+    "sums": Place(WorldSpec(env="math", options={"convention": "answer_tag"}), 32, seeds=_MATH_SEEDS),
     "products": Place(
         WorldSpec(
             env="math",
             options={"generators": "products", "convention": "json", "ood_generators": "sums,differences,chains"},
         ),
         32,
+        seeds=_MATH_SEEDS,
     ),
     "chains": Place(
         WorldSpec(
@@ -52,6 +56,7 @@ WORLDS: dict[str, Place] = {
             options={"generators": "chains", "convention": "boxed", "ood_generators": "sums,differences,products"},
         ),
         32,
+        seeds=_MATH_SEEDS,
     ),
     "helpdesk": Place(WorldSpec(env="helpdesk"), 12, written=helpdesk.PROMPT),
     "cooking": Place(WorldSpec(env="textworld", options={"game": "cooking"}), 16, budget_tokens=256),
@@ -143,17 +148,21 @@ ARMS: dict[str, Arm] = {
     "opcd-unfiltered": Arm("OPCD, forward KL, unfiltered knowledge", "unfiltered", distill=_opcd("forward_kl")),
     "opcd-irrelevant": Arm("OPCD by force, irrelevant placebo", "irrelevant", distill=_opcd("forward_kl")),
     "opcd-wrong": Arm("OPCD by force, wrong placebo", "wrong", distill=_opcd("forward_kl")),
-    "in-context-coach": Arm("the coach's knowledge in context", "coach", in_context=True),
+    "in-context-coach": Arm("the larger model's knowledge in context", "coach", in_context=True),
     "cross-size": Arm(
-        "OPCD, forward KL, the coach with its knowledge teaches", "coach", distill=_opcd("forward_kl", teacher=COACH)
+        "OPCD, forward KL, the larger model with its text teaches", "coach", distill=_opcd("forward_kl", teacher=COACH)
     ),
 }
 
 
 def arms_of(place: str) -> list[str]:
-    """Names of the arms that make sense on a world: a written prompt has no unfiltered form and no traces behind it."""
+    """Names of the arms that make sense on a world: a written prompt is nobody's own, unfiltered or as traces."""
     played = WORLDS[place].written is None
-    return [name for name, arm in ARMS.items() if played or arm.text not in ("unfiltered", "traces")]
+    return [
+        name
+        for name, arm in ARMS.items()
+        if played or not (arm.text in ("unfiltered", "traces") or name == "in-context-coach")
+    ]
 
 
 def settings_of(place: str, seed: int, model: str = MODEL, *, coach: str | None = None) -> ImproveConfig:

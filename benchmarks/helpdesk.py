@@ -47,7 +47,7 @@ Examples:
 Reply with one of these five words in capital letters: BILL, OUTAGE, MOVE, METER, ONLINE."""
 
 LABELS = ("BILL", "OUTAGE", "MOVE", "METER", "ONLINE")
-#: By label: six templates for training, two for validation, four for tests.
+#: By label: six templates for training, four for validation, twelve for tests.
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "BILL": (
         "My bill for {month} is {amount} euros, and I do not understand why it is so high.",
@@ -62,6 +62,16 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
         "I would like my refund of {amount} euros before the end of {month}.",
         "{name} here, is there a cheaper price for people who use little?",
         "Why has my monthly payment gone up to {amount} euros since {month}?",
+        "Your reminder says I owe {amount} euros. I paid them on the {day}th, look again.",
+        "{name} here. I want to pay {amount} euros a month from {month} on, not what I pay now.",
+        "Two payments of {amount} euros left my account in {month}. One of them is yours by mistake.",
+        "Do I pay less at night? What would a unit be after {hour} o'clock?",
+        "I cannot pay the {amount} euros before {month}. May I have more time?",
+        "Why do I pay a basic fee when I was away in {month}?",
+        "Please split the invoice between {name} and me.",
+        "The tax on my statement of {month} is wrong, I think.",
+        "{name}: from which account did the {amount} euros come that you sent me?",
+        "Send the next statement to {street} {day}, where my accountant {name} sits.",
     ),
     "OUTAGE": (
         "We have had no power in {street} since {hour} o'clock.",
@@ -76,6 +86,16 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
         "My lamps grow dim and bright again all the time in {street} {day}.",
         "Since the storm there is no electricity at {street} {day}, please send somebody.",
         "The fuse box trips three times a day, today at {hour} again.",
+        "It is dark in all of {street}, and my phone is at {day} percent.",
+        "A tree has fallen on the line near {street} {day} and we have no current.",
+        "When will we have light again? It has been {hour} hours now.",
+        "{name} here, the oven and the heater died at the same moment, at {hour}.",
+        "There was a bang outside at {hour} and then everything stopped.",
+        "My freezer is thawing, nothing has worked in {street} since {hour}.",
+        "Each time I switch on the kettle the whole flat goes black.",
+        "The lift in {street} {day} stands still, there is no current in the house.",
+        "Sparks come out of the box on the pole in front of {street} {day}.",
+        "Only one of three phases works in our workshop in {street}, says the electrician.",
     ),
     "MOVE": (
         "I am moving out of {street} {day} on the first of {month}.",
@@ -90,6 +110,16 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
         "How do I become your customer? I get the keys to {street} {day} in {month}.",
         "Please close the account of {name}, who moved away in {month}.",
         "My shop moves to {street} {day}. Can the contract move with it?",
+        "{name} has died, and I have to end what he had with you in {month}.",
+        "We sold our house in {street} in {month}. Who tells you, we or the buyers?",
+        "My lease in {street} {day} runs out in {month}, so I need you no longer.",
+        "I will get the keys in {street} on the {day}th of {month}; how do I sign up with you?",
+        "Our company gives up its office in {street} {day} in {month}.",
+        "My son {name} takes over my flat, and shall become your customer in my place.",
+        "I have found another supplier, and want to leave you in {month}.",
+        "Can I take you with me when I go to {street} {day} in {month}?",
+        "{name} moves in with me in {street}. Does the contract have to be changed?",
+        "A new tenant comes into {street} {day} on the {day}th of {month}. Here is the name: {name}.",
     ),
     "METER": (
         "My meter shows {reading} today, the {day}th of {month}.",
@@ -104,6 +134,16 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
         "Somebody should look at the meter in {street} {day}, it makes a noise.",
         "When will the old meter in my house be replaced? You said {month}.",
         "Last month I wrote {reading} by mistake. What is on the meter is less, please correct the reading.",
+        "The little wheel in the cellar of {street} {day} does not turn any more.",
+        "I read {reading} this morning, but last month it was more. Something is broken.",
+        "A card in my letter box asks me for the number. It is {reading}.",
+        "Your reader could not get into the cellar in {street}. {name} has the key.",
+        "Which of the two counters in {street} {day} is mine?",
+        "The seal on my counter is open, I did not do that. {name}.",
+        "The new device in the hall blinks red since {hour}.",
+        "I shall send you the figure on the {day}th of {month}, where do I find it?",
+        "{name} here: {reading}, read on the {day}th of {month}, for {street} {day}.",
+        "My neighbour has a smart one. When do I get mine in {street}?",
     ),
     "ONLINE": (
         "I have forgotten my password, user name {name}.",
@@ -118,9 +158,19 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
         "The button to download documents on your site does nothing, I tried on the {day}th.",
         "{name} speaking, the app on my phone asks for a code that never comes.",
         "I get a white page when I open the customer portal at {hour}.",
+        "I get no code on my phone when I sign in, {name}.",
+        "Your page wants me to confirm I am no robot, over and over, since {hour}.",
+        "The graph of my consumption on the website stays empty in {month}.",
+        "Please delete my web account {name}{reading}, I write letters from now on.",
+        "After the update of {month} the app is in another language.",
+        "The link in your mail of the {day}th leads to nothing.",
+        "I have two user accounts, {name} and {name}{day}. Can you make one of them?",
+        "My browser says that your certificate ran out in {month}.",
+        "The portal throws me out after {day} seconds.",
+        "I typed the wrong password {hour} times and now it says wait.",
     ),
 }
-_PLACES = {Split.TRAIN: range(6), Split.VALIDATION: range(6, 8), Split.TEST: range(8, 12)}
+_PLACES = {Split.TRAIN: range(6), Split.VALIDATION: range(6, 10), Split.TEST: range(10, 22)}
 _NAMES = ("Anna Berg", "Tom Hale", "Mira Costa", "Jan Novak", "Lea Stone", "Omar Aziz", "Eva Lind", "Paul Reed")
 _STREETS = ("Mill Lane", "Station Road", "Oak Street", "High Street", "Church Way", "River Walk", "Park Road")
 _MONTHS = ("January", "March", "April", "June", "July", "September", "October", "December")
@@ -164,8 +214,9 @@ class HelpdeskWorld(World):
         if split not in _PLACES:
             raise UsageError(f"env 'helpdesk' has no split {split.value!r}")
         made: dict[str, Task] = {}
-        for draw, (label, message) in enumerate(self._messages(split, seed)):
-            task = Task.create(self.name, split, seed, {"message": message, "label": label})
+        for draw, (label, place, message) in enumerate(self._messages(split, seed)):
+            parameters = {"message": message, "label": label, "template": f"{label} {place}"}
+            task = Task.create(self.name, split, seed, parameters)
             made.setdefault(message, task)
             if len(made) == count:
                 return list(made.values())
@@ -174,12 +225,12 @@ class HelpdeskWorld(World):
         raise UsageError(f"env 'helpdesk' has {len(made)} tasks in split {split.value!r}, {count} were asked for")
 
     @staticmethod
-    def _messages(split: Split, seed: int) -> Iterator[tuple[str, str]]:
+    def _messages(split: Split, seed: int) -> Iterator[tuple[str, int, str]]:
         draw = random.Random(f"{split.value}/{seed}")
         while True:
             for label in draw.sample(LABELS, len(LABELS)):
-                template = TEMPLATES[label][draw.choice(_PLACES[split])]
-                yield label, template.format(
+                place = draw.choice(_PLACES[split])
+                yield label, place, TEMPLATES[label][place].format(
                     name=draw.choice(_NAMES), street=draw.choice(_STREETS), month=draw.choice(_MONTHS),
                     day=draw.randint(2, 28), hour=draw.randint(1, 12), amount=draw.randint(20, 900),
                     reading=draw.randint(10_000, 99_999),

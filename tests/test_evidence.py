@@ -28,7 +28,7 @@ def bench() -> Any:
         import evidence_worlds
 
         yield evidence_worlds
-    for name in ("evidence_worlds", "evidence_page", "instructions", "helpdesk"):
+    for name in ("evidence_worlds", "evidence_page", "instructions", "helpdesk", "clustered"):
         sys.modules.pop(name, None)
 
 
@@ -144,12 +144,55 @@ def test_another_model_runs_through_and_its_runs_are_kept(tiny_folder: Path, tmp
     runs = {path.stem: json.loads(path.read_text()) for path in (out / "helpdesk").glob("*.json")}
     assert runs.keys() == {"bare-0", "opcd-forward_kl-0", "opcd-wrong-0"}
     assert all(run["model"] == str(tiny_folder) and "error" not in run for run in runs.values())
-    assert len(runs["bare-0"]["test"]) == 128
+    assert len(runs["bare-0"]["test"]) == len(runs["bare-0"]["groups"]) == 128
+    assert runs["bare-0"]["broken"] == {}
     assert runs["opcd-forward_kl-0"]["gap_test"] == "refused"
     assert "trains nothing" in runs["opcd-forward_kl-0"]["refused"]
     assert runs["opcd-wrong-0"]["steps"] == 12
     assert not (tmp_path / "work" / "helpdesk" / "opcd-wrong-0").exists()  # weights are not kept
     assert json.loads(done.stdout.splitlines()[-1])["runs"] == 3
+
+
+def test_intervals_of_outcomes_that_hang_together_are_wider(bench: Any) -> None:
+    import clustered
+
+    from engrain.gate import paired_gain, wilson
+
+    apart = [True, False, True, True, False, True, True, False]
+    alone = wilson(apart)
+    assert clustered.rate(apart, range(8)) == (alone.accuracy, alone.low, alone.high)
+    gain = paired_gain([False] * 8, apart)
+    assert clustered.difference([False] * 8, apart, range(8)) == (gain.difference, gain.low, gain.high)
+    groups = [i // 16 for i in range(128)]  # eight templates, each solved always or never
+    copies = [apart[group] for group in groups]
+    p, low, high = clustered.rate(copies, groups)
+    assert p == alone.accuracy
+    assert low <= alone.low
+    assert high >= alone.high
+    d, low, high = clustered.difference([False] * 128, copies, groups)
+    assert (d, low < 0.25, high > 0.97) == (p, True, True)
+    _, low, high = clustered.rate([True] * 128, groups)
+    assert low < wilson([True] * 8).low < wilson([True] * 128).low
+    same = clustered.difference([True] * 128, [True] * 128, groups)
+    assert same[1] < -0.2 < 0.2 < same[2]  # eight templates that agree are no 128
+    with pytest.raises(ValueError, match="not paired"):
+        clustered.difference([True], [True, False], [0, 1])
+
+
+def test_clustered_intervals_hold_their_level(bench: Any) -> None:
+    """Simulated: twenty templates whose difficulty varies; about one interval in twenty may miss."""
+    import random
+
+    import clustered
+
+    draw, held = random.Random(0), 0
+    groups = [i % 20 for i in range(120)]
+    for _ in range(300):
+        levels = [draw.betavariate(0.5, 0.5) for _ in range(20)]
+        outcomes = [draw.random() < levels[group] for group in groups]
+        _, low, high = clustered.rate(outcomes, groups)
+        held += low <= 0.5 <= high
+    assert held / 300 > 0.9
 
 
 def test_the_page_tells_of_every_run_also_of_those_that_failed(bench: Any, tmp_path: Path) -> None:
@@ -163,7 +206,7 @@ def test_the_page_tells_of_every_run_also_of_those_that_failed(bench: Any, tmp_p
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"world": "sums", "arm": arm, "seed": seed, **row}))
 
-    for seed in (0, 1):
+    for seed in (3, 4):
         for arm, test in (
             ("bare", "0000"),
             ("in-context", "1111"),
@@ -172,17 +215,23 @@ def test_the_page_tells_of_every_run_also_of_those_that_failed(bench: Any, tmp_p
         ):
             text = {} if arm == "bare" else {"knowledge": f"Do {seed}", "gap": gap}
             write(arm, seed, test=test, other={"plain": "10"}, sampled=sampled, sampled_tokens=100, **text)
-    write("sft", 0, error="no space left")
-    write("opcd-wrong", 0, refused="no gap", gap_test="refused")
+    write("sft", 3, error="no space left")
+    write("opcd-wrong", 3, refused="no gap", gap_test="refused")
+    other = {"test": "1111", "other": {"plain": "10"}, "sampled": sampled}
+    write("opcd-forward_kl", 0, **other, broken={"test": 2}, stopped="enough")
     (tmp_path / "evidence" / "reading.md").write_text("What is to be seen.")
     found = evidence_page.build(tmp_path / "evidence")
     assert found["mean_recovery"] == {"sums": {"opcd-forward_kl": 0.75, "off_policy": 0.5}}
-    assert (found["ours"], found["peer"], found["ratio"], found["met"], found["runs"]) == (0.75, 0.5, 1.5, False, 10)
+    assert (found["ours"], found["peer"], found["ratio"], found["met"], found["runs"]) == (0.75, 0.5, 1.5, False, 11)
     page = (tmp_path / "evidence.md").read_text()
     assert "What is to be seen." in page
-    assert "SFT on the teacher's replies, seed 0: no space left" in page
-    assert "OPCD by force, wrong placebo, seed 0: no gap" in page
-    assert "`Do 1`" in page
+    assert "SFT on the teacher's replies, seed 3: no space left" in page
+    assert "OPCD by force, wrong placebo, seed 3: no gap" in page
+    assert "other seeds" in page
+    assert "| OPCD, forward KL (stopped) | 1.00 [0.51, 1.00] | 1.00 |" in page
+    assert "seed 0: episodes without a reply or with a fault: {'test': 2}" in page
+    assert found["faults"] == 1
+    assert "`Do 4`" in page
     row = next(line for line in page.splitlines() if line.startswith("| OPCD, forward KL |"))
     assert "0.75 [0.41, 0.93] | 0.75 0.75 | +0.25" in row
     assert (tmp_path / "evidence.png").stat().st_size > 10_000
