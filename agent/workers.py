@@ -350,9 +350,13 @@ class Workers:
         return self._jobs.pop(min(ranked)[1]) if ranked else None
 
 
+_ONE = threading.Lock()  # `cache` alone lets two threads make two
+
+
 def shared_workers() -> Workers:
     """This process's workers for envs that `envs.registry` makes; ended when the process ends."""
-    return _shared(os.getpid())
+    with _ONE:
+        return _shared(os.getpid())
 
 
 @cache

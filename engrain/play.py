@@ -74,10 +74,12 @@ def play_match(match: Match, choose: Choose, watcher: Watcher, keep: Callable[[E
         reason, cause = StopReason.INTERRUPTED, ending
     episode: Episode | None = None
     with uninterrupted():
-        if match.begun or reason in (StopReason.ERROR, StopReason.LENGTH):
-            episode = match.episode(reason, error)
-            keep(episode)
-        match.close()
+        try:
+            if match.begun or reason in (StopReason.ERROR, StopReason.LENGTH):
+                episode = match.episode(reason, error)
+                keep(episode)
+        finally:
+            match.close()
     if cause is not None:
         raise cause
     return episode
@@ -117,7 +119,7 @@ def any_seed() -> int:
     return secrets.randbelow(1000)
 
 
-def draw_tasks(env: str, options: Mapping[str, str], split: Split | None, count: int, seed: int) -> list[Task]:
+def draw_tasks(env: str, options: Mapping[str, Any], split: Split | None, count: int, seed: int) -> list[Task]:
     """The tasks of a split; by default training tasks, or test tasks where the world has no others.
 
     Raises:

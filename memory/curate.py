@@ -225,8 +225,8 @@ def _standing(id_: str, pool: Mapping[str, Item]) -> str:
     """The item itself, or the one that took its place when it was merged or reworded, however often."""
     seen = {id_}
     while id_ in pool and pool[id_].status is ItemStatus.RETIRED:
-        into = next((f.other for f in reversed(pool[id_].flags) if f.flag == MERGED and f.other in pool), id_)
-        if into in seen:  # restored by hand and merged the other way round
+        into = next((f.other for f in pool[id_].flags if f.flag == MERGED and f.other in pool), id_)
+        if into in seen:
             break
         seen.add(into)
         id_ = into

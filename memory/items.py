@@ -178,6 +178,8 @@ class ItemTable(Database):
     def set_item_status(self, id: str, status: ItemStatus | str, who: str, why: str) -> Item:
         """Retire an item, bring it back or put it in quarantine; the event notes who, why and the status before.
 
+        One that was merged into another item is an item of its own again.
+
         Raises:
             UnknownIdError: it is not stored.
         """
@@ -192,6 +194,7 @@ class ItemTable(Database):
         if before is None:
             raise UnknownIdError(f"no item {id!r} in {self.url}")
         connection.execute(sa.update(ItemRow).where(ItemRow.id == id).values(status=status))
+        connection.execute(sa.delete(ItemFlagRow).where(ItemFlagRow.item_id == id, ItemFlagRow.flag == MERGED))
         self._log(connection, "item", id, status, who, why, {"before": before})
 
     def flag_item(
@@ -338,10 +341,15 @@ def count_support(connection: sa.Connection, ids: Iterable[str]) -> None:
 
 
 def _was_known(connection: sa.Connection, episode_id: str, item_id: str) -> bool:
-    """Whether the knowledge that an episode was played with held this item."""
+    """Whether the knowledge that an episode was played with held this item, or one that was merged into it."""
+    merged = sa.select(ItemFlagRow.item_id).where(ItemFlagRow.flag == MERGED)
+    names, fresh = {item_id}, {item_id}
+    while fresh:
+        fresh = set(connection.scalars(merged.where(ItemFlagRow.other.in_(fresh)))) - names
+        names |= fresh
     query = (
         sa.select(KnowledgeItemRow.item_id)
         .join(EpisodeRow, EpisodeRow.knowledge == KnowledgeItemRow.knowledge_id)
-        .where(EpisodeRow.id == episode_id, KnowledgeItemRow.item_id == item_id)
+        .where(EpisodeRow.id == episode_id, KnowledgeItemRow.item_id.in_(names))
     )
     return connection.execute(query).first() is not None

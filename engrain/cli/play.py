@@ -40,7 +40,7 @@ from engrain.cli.play_menu import pick_seat, pick_world
 from engrain.cli.play_screen import Labelled, Plain, Screen
 from engrain.cli.play_sitting import Sitting
 from engrain.cli.play_web import check_web, serve_games
-from engrain.cli.serving import LOOPBACK, PORT, HostOption, PortOption
+from engrain.cli.serving import HostOption, PortOption
 from engrain.compare import Arm, arms_of, newest_checkpoint, newest_knowledge, parent_of
 from engrain.match import AgentMatch
 from engrain.play import LeftError, any_seed, draw_tasks, load
@@ -113,8 +113,8 @@ def command(
     web: Annotated[
         bool, typer.Option("--web", help="In the browser: prints an address. You play; with --co the agent suggests.")
     ] = False,
-    host: HostOption = LOOPBACK,
-    port: PortOption = PORT,
+    host: HostOption = None,
+    port: PortOption = None,
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -135,7 +135,9 @@ def command(
         as_json,
     )
     if web:
-        check_web(env, option, compare or gap or why, episodes, as_json)
+        check_web(env, option, None if co else knowledge or checkpoint, compare or gap or why, episodes, as_json)
+    elif host is not None or port is not None:
+        raise UsageError("--host and --port are where --web listens: add it, or leave them out")
     screen = _screen(plain, as_json)
     keyboard = Keyboard(screen, editing=not plain)
     with _hang_up():

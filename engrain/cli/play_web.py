@@ -15,7 +15,9 @@ from envs.errors import UsageError
 from memory.store import Store
 
 
-def check_web(env: str | None, options: Sequence[str] | None, looks: bool, episodes: int, as_json: bool) -> None:
+def check_web(
+    env: str | None, options: Sequence[str] | None, agent: str | None, looks: bool, episodes: int, as_json: bool
+) -> None:
     """Refuse what the browser does not show, and a missing extra.
 
     Raises:
@@ -24,6 +26,10 @@ def check_web(env: str | None, options: Sequence[str] | None, looks: bool, episo
     """
     if looks:
         raise UsageError("--web plays games: leave out --compare, --gap and --why, which look at them in the terminal")
+    if agent is not None:
+        raise UsageError(
+            "without --co no agent plays in the browser: add it, or leave out --knowledge and --checkpoint"
+        )
     if as_json or episodes != 1:
         raise UsageError("--web plays as many games as people begin there: leave out --episodes and --json")
     if env is None and options:
@@ -38,8 +44,8 @@ def serve_games(
     seed: int | None,
     split: Split | None,
     agent: Callable[[Task, int], AgentMatch] | None,
-    host: str,
-    port: int,
+    host: str | None,
+    port: int | None,
 ) -> None:
     """Serve the pages until Ctrl-C; games that are under way then are kept as left.
 

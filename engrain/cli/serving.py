@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import socket
 from contextlib import closing, suppress
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -21,9 +22,14 @@ LOOPBACK = "127.0.0.1"
 PORT = 8765
 
 HostOption = Annotated[
-    str, typer.Option("--host", help="Address or name under which people open it; loopback keeps others out.")
+    str | None,
+    typer.Option(
+        "--host", help=f"Address or name under which people open it. Default: {LOOPBACK}, which keeps others out."
+    ),
 ]
-PortOption = Annotated[int, typer.Option("--port", min=0, max=65535, help="Port; 0 takes a free one.")]
+PortOption = Annotated[
+    int | None, typer.Option("--port", min=0, max=65535, help=f"Port; 0 takes a free one. Default: {PORT}.")
+]
 
 
 def check_extra() -> None:
@@ -42,7 +48,9 @@ def check_extra() -> None:
         ) from None
 
 
-def serve(store: Store, host: str, port: int, what: str, path: str = "/", games: Games | None = None) -> None:
+def serve(
+    store: Store, host: str | None, port: int | None, what: str, path: str = "/", games: Games | None = None
+) -> None:
     """Serve the pages until Ctrl-C or SIGTERM; `what` is said to be at the address of `path`.
 
     Raises:
@@ -54,6 +62,7 @@ def serve(store: Store, host: str, port: int, what: str, path: str = "/", games:
     from engrain.ui.access import Access
     from engrain.ui.app import make_app
 
+    host, port = host or LOOPBACK, PORT if port is None else port
     kept = Settings().ui_token.get_secret_value()
     with closing(_listen(host, port)) as listening:
         access = Access(kept or None)
@@ -69,8 +78,15 @@ def serve(store: Store, host: str, port: int, what: str, path: str = "/", games:
         config = uvicorn.Config(
             app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=2
         )
+
+        class Server(uvicorn.Server):
+            def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+                if games is not None:
+                    games.ending.set()  # pages that wait for a game answer at once
+                super().handle_exit(sig, frame)
+
         with suppress(KeyboardInterrupt):  # how it is meant to end
-            uvicorn.Server(config).run(sockets=[listening])
+            Server(config).run(sockets=[listening])
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from engrain.cli.common import StoreOption, open_store
-from engrain.cli.serving import LOOPBACK, PORT, HostOption, PortOption, check_extra, serve
+from engrain.cli.serving import HostOption, PortOption, check_extra, serve
 
 
-def command(host: HostOption = LOOPBACK, port: PortOption = PORT, store: StoreOption = None) -> None:
+def command(host: HostOption = None, port: PortOption = None, store: StoreOption = None) -> None:
     """Show rounds, items, knowledge, episodes and lineage in the browser, and the running round as it goes.
 
     Prints an address with a token; whoever has it may read the store, and retire and restore items. Needs

@@ -104,9 +104,9 @@ class Guard:
         if (token := request.query_params.get("token")) is not None:
             if self.access.opens(token):
                 return self.access.welcome(request)
-            return self.refuse(request, "this token is not the one that the running server printed")
+            return self.refuse(request, "this token is not the running server's")
         if not self.access.admits(request):
-            return self.refuse(request, "open the address that engrain ui printed, with its token")
+            return self.refuse(request, "open the address that the server printed when it was started, with its token")
         if request.method not in ("GET", "HEAD") and not _from_here(request):
             return self.refuse(request, "this was sent from another site")
         return None

@@ -16,16 +16,18 @@ from queue import SimpleQueue
 from typing import Any
 
 from agent.engines.base import Completion
-from agent.episode import Episode, Turn
+from agent.episode import Episode, StopReason, Turn
 from engrain.match import AgentMatch, HumanMatch, Match
 from engrain.play import LeftError, draw_tasks, play_match
-from envs.base import Split, Step, Task
+from envs.base import Observation, Split, Step, Task
 from envs.errors import EngrainError, UsageError
 from memory.errors import UnknownIdError
 from memory.store import Store
 
 #: Most games that are under way at once; each holds a world, and a process for worlds that may crash.
 LIMIT = 8
+#: Seconds without a look after which a game may be left to make room for another.
+IDLE = 600.0
 #: Games that are over and can still be looked at here; the store keeps them all.
 _OVER = 32
 
@@ -35,7 +37,7 @@ class Place:
     """A world with its options, as people choose it."""
 
     env: str
-    options: Mapping[str, str] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return ", ".join([self.env, *(f"{key}={value}" for key, value in self.options.items())])
@@ -56,6 +58,26 @@ class Phase(StrEnum):
     OVER = "over"
 
 
+@dataclass(frozen=True)
+class View:
+    """A game at one moment. `turns` are those that were answered, each with whether a person chose its words."""
+
+    phase: Phase
+    what: str
+    begun: bool
+    turns: list[tuple[Turn, bool]]
+    observation: Observation
+    suggestion: str | None
+    episode: Episode | None
+    new: bool
+    error: str | None
+
+    @property
+    def turn(self) -> int:
+        """The number of the turn that is to come, from 1."""
+        return len(self.turns) + 1
+
+
 class WebGame:
     """One game: what there is to see of it, and the next reply. An `engrain.play.Watcher`.
 
@@ -65,17 +87,22 @@ class WebGame:
         seed: drew its task.
         match: the game itself.
         thinking: held while the agent thinks, since its engine is one for all games.
+        ending: is set when the server ends: nobody waits any longer then.
     """
 
-    def __init__(self, number: str, place: Place, seed: int, match: Match, thinking: threading.Lock) -> None:
+    def __init__(
+        self, number: str, place: Place, seed: int, match: Match, thinking: threading.Lock, ending: threading.Event
+    ) -> None:
         self.number, self.place, self.seed, self.match = number, place, seed, match
-        self.phase, self.what = Phase.BUSY, "starting the world"
-        self.suggestion: str | None = None
-        self.hands: list[bool] = []  # for each turn whether a person chose its words
-        self.episode: Episode | None = None
-        self.error: str | None = None
+        self.phase = Phase.BUSY
         self.touched = time.monotonic()
-        self._thinking = thinking
+        self._what, self._begun = "starting the world", False
+        self._suggestion: str | None = None
+        self._hands: list[bool] = []  # for each turn whether a person chose its words
+        self._episode: Episode | None = None
+        self._new = False
+        self._error: str | None = None
+        self._thinking, self._ending = thinking, ending
         self._alone = False  # the agent plays on without asking
         self._changed = threading.Condition()
         self._replies: SimpleQueue[str | Completion | None] = SimpleQueue()
@@ -88,24 +115,41 @@ class WebGame:
         """Who chooses the replies."""
         return Seat.CO if isinstance(self.match, AgentMatch) else Seat.HUMAN
 
-    @property
-    def alone(self) -> bool:
-        """Whether the agent plays on without asking."""
-        return self._alone
-
-    @property
-    def turn(self) -> int:
-        """The number of the turn that is to come, from 1."""
-        return len(self.hands) + 1
+    def view(self) -> View:
+        """All that there is to see."""
+        with self._changed:
+            turns = list(zip(self.match.turns, self._hands, strict=False))
+            return View(
+                self.phase, self._what, self._begun, turns, self.match.observation, self._suggestion,
+                self._episode, self._new, self._error,
+            )  # fmt: skip
 
     def say(self, turn: int, text: str) -> None:
         """Reply in a person's own words. What was written for another turn is dropped."""
         self._answer(turn, text)
 
-    def take(self, turn: int, *, on: bool = False) -> None:
-        """Reply what the agent suggested; with `on` it plays the rest alone."""
+    def pick(self, turn: int, place: int) -> None:
+        """Reply with one of the actions that the world lists, by its place from 0.
+
+        Raises:
+            UsageError: it lists none there.
+        """
         with self._changed:
-            self._alone = self._alone or (on and turn == self.turn)
+            listed = self.match.observation.admissible or ()
+            if self._asked(turn) and not 0 <= place < len(listed):
+                raise UsageError(f"the world lists no action number {place + 1}")
+            self._answer(turn, listed[place] if place < len(listed) else None)
+
+    def take(self, turn: int, *, on: bool = False) -> None:
+        """Reply what the agent suggested; with `on` it plays the rest alone.
+
+        Raises:
+            UsageError: it is the person's turn, and there is no suggestion.
+        """
+        with self._changed:
+            if self._asked(turn) and self._suggested is None:
+                raise UsageError("the reply is empty: go back and type one")
+            self._alone = self._alone or (on and self._asked(turn))
             self._answer(turn, self._suggested)
 
     def leave(self) -> None:
@@ -116,15 +160,25 @@ class WebGame:
                 self._show(Phase.BUSY, "leaving")
                 self._replies.put(None)
 
-    def wait(self, seconds: float) -> None:
-        """Until it is the person's turn, or the game is over; at most so long."""
+    def wait(self, seconds: float, seen: int | None = None) -> None:
+        """Until it is the person's turn, or the game is over, or more turns than `seen` were answered; so long at most.
+
+        Looking at a game counts as being there.
+        """
         self.touched = time.monotonic()
         with self._changed:
-            self._changed.wait_for(lambda: self.phase is not Phase.BUSY, seconds)
+            before, deadline = len(self._hands) if seen is None else seen, time.monotonic() + seconds
+            while self.phase is Phase.BUSY and not self._ending.is_set() and (left := deadline - time.monotonic()) > 0:
+                if self._alone and len(self._hands) > before:
+                    break
+                self._changed.wait(min(left, 0.5))
+
+    def _asked(self, turn: int) -> bool:
+        return self.phase is Phase.TURN and turn == len(self._hands) + 1
 
     def _answer(self, turn: int, reply: str | Completion | None) -> None:
         with self._changed:
-            if self.phase is Phase.TURN and turn == self.turn and reply is not None:
+            if self._asked(turn) and reply is not None:
                 self._show(Phase.BUSY, "the world answers")
                 self._replies.put(reply)
 
@@ -132,31 +186,32 @@ class WebGame:
 
     def run(self, store: Store) -> None:
         """Play to the end."""
-
-        def keep(episode: Episode) -> None:
-            store.add_episodes([episode], stage="play")
-            self.episode = episode
-
         try:
-            play_match(self.match, self._choose, self, keep)
+            play_match(self.match, self._choose, self, lambda episode: self.keep(store, episode))
         except EngrainError as error:
-            self.error = str(error)
+            self._error = str(error)
         except BaseException:
-            self.error = "this server failed; its log says why"
+            self._error = "this server failed; its log says why"
             raise
         finally:
-            with self._changed:
-                self._show(Phase.OVER, "over")
+            self._show(Phase.OVER, "over")
+
+    def keep(self, store: Store, episode: Episode) -> None:
+        """Store the episode. The same one again changes nothing."""
+        self._new = bool(store.add_episodes([episode], stage="play"))
+        self._episode = episode
 
     def _choose(self, match: Match) -> str | Completion:
         if isinstance(match, AgentMatch):
             with self._thinking:
-                self._suggested = match.suggest()
-            self.suggestion = match.text_of(self._suggested)
-            if self._alone and self._replies.empty():
+                if self._replies.empty():  # else the person left while others had the agent's attention
+                    self._suggested = match.suggest()
+                    self._suggestion = match.text_of(self._suggested)
+            if self._alone and self._replies.empty() and self._suggested is not None:
                 return self._suggested
         with self._changed:
-            self._show(Phase.TURN, "your turn")
+            if self._replies.empty():
+                self._show(Phase.TURN, "your turn")
         reply = self._replies.get()
         if reply is None:
             raise LeftError
@@ -164,25 +219,27 @@ class WebGame:
 
     def _show(self, phase: Phase, what: str) -> None:
         with self._changed:
-            self.phase, self.what = phase, what
+            self.phase, self._what = phase, what
             self._changed.notify_all()
 
     def begun(self, match: Match) -> None:
         """The world has spoken first."""
-        self.what = "the agent thinks"
+        with self._changed:
+            self._begun, self._what = True, "the agent thinks"
 
     @contextmanager
     def waiting(self, what: str) -> Iterator[None]:
         """A time in which nobody can do anything."""
-        self.what = what
+        self._what = what
         yield
 
     def moved(self, match: Match, turn: Turn, step: Step, seconds: float, human: bool) -> None:
         """A reply was answered."""
         with self._changed:
-            self.hands.append(human)
-            self.suggestion = self._suggested = None
-            self.what = "the agent thinks"
+            self._hands.append(human)
+            self._suggestion = self._suggested = None
+            self._what = "the agent thinks"
+            self._changed.notify_all()
 
 
 class Games:
@@ -205,28 +262,34 @@ class Games:
         agent: Callable[[Task, int], AgentMatch] | None = None,
     ) -> None:
         self.places, self.agent = list(places), agent
+        self.ending = threading.Event()
         self._store, self._seeds, self._split = store, seeds, split
         self._games: dict[str, tuple[WebGame, threading.Thread]] = {}
+        self._forms: dict[str, WebGame] = {}  # which form began which game
         self._lock, self._thinking = threading.Lock(), threading.Lock()
 
-    def start(self, place: int, seat: Seat) -> WebGame:
-        """Begin a game; the one that nobody has looked at for longest is left if there are too many.
+    def start(self, place: int, seat: Seat, form: str = "") -> WebGame:
+        """Begin a game; the same form sent twice begins one.
 
         Raises:
-            UsageError: there is no such place or no agent, or the world has no tasks.
+            UsageError: there is no such place or no agent, the world has no tasks, or too many games are under way.
         """
         if not 0 <= place < len(self.places):
             raise UsageError(f"there is no world number {place}; choose one of the list")
         if seat is Seat.CO and self.agent is None:
             raise UsageError("no agent plays here: start the server with --co")
-        chosen, seed = self.places[place], next(self._seeds)
-        task = draw_tasks(chosen.env, chosen.options, self._split, 1, seed)[0]
-        match: Match = self.agent(task, seed) if seat is Seat.CO and self.agent else HumanMatch(task)
-        game = WebGame(secrets.token_hex(4), chosen, seed, match, self._thinking)
-        thread = threading.Thread(target=game.run, args=(self._store,), name=f"game-{game.number}", daemon=True)
         with self._lock:
-            self._games[game.number] = game, thread
+            if form and form in self._forms:
+                return self._forms[form]
             self._make_room()
+            chosen, seed = self.places[place], next(self._seeds)
+            task = draw_tasks(chosen.env, chosen.options, self._split, 1, seed)[0]
+            match: Match = self.agent(task, seed) if seat is Seat.CO and self.agent else HumanMatch(task)
+            game = WebGame(secrets.token_hex(4), chosen, seed, match, self._thinking, self.ending)
+            thread = threading.Thread(target=game.run, args=(self._store,), name=f"game-{game.number}", daemon=True)
+            self._games[game.number] = game, thread
+            if form:
+                self._forms[form] = game
         thread.start()
         return game
 
@@ -236,40 +299,54 @@ class Games:
         Raises:
             UnknownIdError: there is none any more.
         """
-        if number not in self._games:
+        found = self._games.get(number)
+        if found is None:
             raise UnknownIdError(f"game {number} is not known to this server; finished games stand under Episodes")
-        return self._games[number][0]
+        return found[0]
 
     def all(self) -> list[WebGame]:
         """The games that are known, latest first."""
         return [game for game, _ in reversed(list(self._games.values()))]
 
     def close(self, seconds: float = 8.0) -> None:
-        """Leave all games, and wait at most so long until they are kept."""
+        """Leave all games, and keep them; an agent that thinks on is not waited for longer than `seconds`."""
+        self.ending.set()
         deadline = time.monotonic() + seconds
         with self._lock:
             known = list(self._games.values())
         for game, _ in known:
             game.leave()
-        for _, thread in known:
+        for game, thread in known:
             thread.join(max(0.0, deadline - time.monotonic()))
+            if thread.is_alive() and game.match.begun:
+                game.keep(self._store, game.match.episode(StopReason.INTERRUPTED))
 
     def _make_room(self) -> None:
-        going = [game for game, _ in self._games.values() if game.phase is not Phase.OVER]
-        for game in sorted(going, key=lambda game: game.touched)[: max(0, len(going) - LIMIT)]:
+        """Of too many games, leave the one that nobody has looked at for longest, if that is long.
+
+        Raises:
+            UsageError: people are at all of them.
+        """
+        going = [pair for pair in self._games.values() if pair[0].phase is not Phase.OVER]
+        if len(going) >= LIMIT:
+            game, thread = min(going, key=lambda pair: pair[0].touched)
+            if time.monotonic() - game.touched < IDLE:
+                raise UsageError(f"{LIMIT} games are under way here: leave one of them, or come back later")
             game.leave()
+            thread.join(5.0)
         over = [game for game, _ in self._games.values() if game.phase is Phase.OVER]
         for game in over[: max(0, len(over) - _OVER)]:
             del self._games[game.number]
+            self._forms = {form: kept for form, kept in self._forms.items() if kept is not game}
 
 
 def places_of(store: Store, names: Sequence[str]) -> list[Place]:
     """What can be played where nothing was asked for: worlds of the store's rounds, latest first, then all by name."""
-    found: dict[Place | str, Place] = {}
+    found: dict[str, Place] = {}
     for record in sorted(store.rounds(), key=lambda record: record.number, reverse=True):
-        world: Mapping[str, Any] = record.config.get("world", {})
-        if world.get("env") in names:
-            place = Place(world["env"], {key: str(value) for key, value in (world.get("options") or {}).items()})
+        world = record.config.get("world")
+        if isinstance(world, Mapping) and world.get("env") in names and isinstance(world.get("options", {}), Mapping):
+            place = Place(world["env"], dict(world.get("options", {})))
             found.setdefault(str(place), place)
     for name in names:
         found.setdefault(name, Place(name))

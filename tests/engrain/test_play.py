@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import signal
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -42,8 +43,11 @@ class Parrot:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self.broken = False
+        self.slow: threading.Event | None = None  # waited for before it speaks
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sequence[SamplingParams]) -> list[Completion]:
+        if self.slow is not None:
+            self.slow.wait(60)
         if self.broken:
             raise EngineFailedError("out of numbers")
         return [self._say(f"go {(params.seed or 0) % 1000}") for params in sampling]

@@ -64,6 +64,11 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self.master, text.encode())
 
+    def interrupt(self) -> None:
+        """Ctrl-C, once the program waits: readline misses one that comes between its prompt and its waiting."""
+        time.sleep(1.0)
+        self.type("\x03")
+
     def end(self, seconds: float = 120) -> int:
         """Read the rest; the exit code."""
         deadline = time.monotonic() + seconds
@@ -106,7 +111,7 @@ def test_a_menu_leads_to_a_game_and_ctrl_c_keeps_it(engrain_home: Path) -> None:
     terminal.type("nonsense\r")
     terminal.until("turn 2 of")
     terminal.until("you> ")
-    terminal.type("\x03")
+    terminal.interrupt()
     assert terminal.end() == 0
     assert _COLOUR.search(terminal.shown)
     assert not _BOXES.search(terminal.shown)
@@ -184,7 +189,7 @@ def _rules(folder: Path) -> Path:
 def test_watching_can_be_left_too(engrain_home: Path, tiny_folder: Path) -> None:
     terminal = Terminal("math", "-m", str(tiny_folder), "-n", "60", "--max-tokens", "4")
     terminal.until("stored as")
-    terminal.type("\x03")
+    terminal.interrupt()
     assert terminal.end() == 130
     assert "Traceback" not in terminal.shown
     with stored(engrain_home) as store:

@@ -33,7 +33,7 @@ from engrain.ui.access import Access
 from engrain.ui.app import make_app
 from engrain.ui.games import LIMIT, Games, Phase, Place, Seat, WebGame, places_of
 
-ACTIONS = ["open door", "<b>wait</b>"]
+ACTIONS = ["open door", "<b>wait</b>\u3000"]
 
 
 class Doors(World):
@@ -117,7 +117,7 @@ def test_a_person_plays_a_game_to_its_end(client: TestClient, access: Access, st
     assert "agent" not in text_of(page.text)
     for turn, reply in enumerate(("hello", "<script>alert(1)</script>", "go"), 1):
         page = client.post(page.url.path, data={"csrf": access.csrf, "turn": str(turn), "text": reply})
-        assert "<script" not in page.text
+        assert "<script>" not in page.text
     assert "Over" in text_of(page.text)
     assert "solved , score 1.00" in text_of(page.text)
     (row,) = store.episode_rows(stage="play")
@@ -130,9 +130,10 @@ def test_a_person_plays_a_game_to_its_end(client: TestClient, access: Access, st
 
 def test_listed_actions_are_buttons_and_what_they_say_is_said(client: TestClient, access: Access, games: Games) -> None:
     page = client.post("/play", data={"csrf": access.csrf, "place": "1"})
-    assert '<button name="action" value="&lt;b&gt;wait&lt;/b&gt;">&lt;b&gt;wait&lt;/b&gt;</button>' in page.text
-    client.post(page.url.path, data={"csrf": access.csrf, "turn": "1", "action": ACTIONS[1], "text": ""})
-    assert games.all()[0].match.turns[0].action == ACTIONS[1]
+    assert '<button name="pick" value="1">&lt;b&gt;wait&lt;/b&gt;\ufffd</button>' in page.text
+    assert client.post(page.url.path, data={"csrf": access.csrf, "turn": "1", "pick": "7"}).status_code == 400
+    client.post(page.url.path, data={"csrf": access.csrf, "turn": "1", "pick": "1", "text": ""})
+    assert games.all()[0].match.turns[0].action == ACTIONS[1]  # what cannot be shown is said all the same
 
 
 def test_the_agent_suggests_and_a_person_decides(client: TestClient, access: Access, store: Store) -> None:
@@ -163,8 +164,50 @@ def test_a_form_that_is_sent_twice_says_it_once(client: TestClient, access: Acce
     page = client.post("/play", data={"csrf": access.csrf, "place": "0"})
     for _ in range(2):
         page = client.post(page.url.path, data={"csrf": access.csrf, "turn": "1", "text": "hello"})
+    assert client.post(page.url.path, data={"csrf": access.csrf, "turn": "1", "text": ""}).status_code == 200
     assert "Turn 2 of 3" in text_of(page.text)
     assert len(games.all()[0].match.turns) == 1
+    form = re.search(r'name="form" value="(\w+)"', client.get("/play").text)
+    assert form is not None
+    begun = [client.post("/play", data={"csrf": access.csrf, "place": "0", "form": form[1]}).url for _ in range(2)]
+    assert begun[0] == begun[1]
+    assert len(games.all()) == 2
+
+
+def test_the_page_follows_a_game_that_is_busy(
+    client: TestClient, access: Access, parrot: Parrot, games: Games, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engrain.ui.pages.play.SOON", 0.1)
+    parrot.slow = threading.Event()
+    page = client.post("/play", data={"csrf": access.csrf, "place": "0", "seat": "co"})
+    follow = re.search(r'hx-get="(/play/\w+/now\?seen=0)"', page.text)
+    assert follow is not None
+    assert "The agent thinks" in text_of(page.text)
+    parrot.slow.set()
+    part = client.get(follow[1])
+    assert part.text.strip().startswith('<div id="game">')  # it asks no more: the person has the word
+    assert "The agent suggests" in part.text
+
+
+def test_games_are_kept_though_the_agent_still_thinks_when_the_server_ends(
+    parrot: Parrot, games: Games, store: Store
+) -> None:
+    played = [games.start(0, Seat.CO) for _ in range(3)]
+    for game in played:
+        until(game, Phase.TURN)
+    parrot.slow = threading.Event()
+    for game in played:
+        game.take(1)
+    while any(len(game.view().turns) < 1 for game in played):
+        time.sleep(0.01)
+    games.close(0.5)
+    assert len(store.episode_rows(stage="play")) == 3
+    parrot.slow.set()
+    until_over = time.monotonic() + 20
+    while any(game.phase is not Phase.OVER for game in played) and time.monotonic() < until_over:
+        time.sleep(0.01)
+    rows = store.episode_rows(stage="play")  # their threads found them kept
+    assert [store.episode(row.id).stop_reason for row in rows] == [StopReason.INTERRUPTED] * 3
 
 
 def test_who_leaves_keeps_what_was_played(client: TestClient, access: Access, games: Games, store: Store) -> None:
@@ -229,14 +272,14 @@ def test_nothing_is_played_where_only_a_dashboard_was_started(store: Store, acce
     assert client.post("/play", data={"csrf": access.csrf, "place": "0"}).status_code == 404
 
 
-def test_the_game_that_nobody_looks_at_makes_room(games: Games, store: Store) -> None:
+def test_the_game_that_nobody_looks_at_makes_room(games: Games, monkeypatch: pytest.MonkeyPatch) -> None:
     first, *others = [games.start(0, Seat.HUMAN) for _ in range(LIMIT)]
     for game in (*others, first):
         until(game, Phase.TURN)  # looking at a game
+    with pytest.raises(UsageError, match=f"{LIMIT} games are under way"):
+        games.start(0, Seat.HUMAN)
+    monkeypatch.setattr("engrain.ui.games.IDLE", 0.0)
     games.start(0, Seat.HUMAN)
-    until_over = time.monotonic() + 20
-    while others[0].phase is not Phase.OVER and time.monotonic() < until_over:
-        time.sleep(0.01)
     assert [game.phase for game in (others[0], first)] == [Phase.OVER, Phase.TURN]
     games.close()
     assert not [t for t in threading.enumerate() if t.name.startswith("game-")]
@@ -259,18 +302,22 @@ def test_several_people_play_at_once(games: Games, store: Store) -> None:
         hand.join(60)
     for game in played:
         until(game, Phase.OVER)
-        assert game.episode is not None
-        assert {turn.action for turn in game.episode.turns} == {f"game {game.number}"}
+        episode = game.view().episode
+        assert episode is not None
+        assert {turn.action for turn in episode.turns} == {f"game {game.number}"}
     assert len(store.episode_rows(stage="play")) == len(played)
 
 
 def test_worlds_of_the_stores_rounds_come_first(store: Store) -> None:
-    config = {"world": {"env": "math", "options": {"convention": "json", "low": 3}}}
-    for settings in (config, config, {"world": {"env": "of another place"}}):
+    options = {"convention": "json", "generators": ["sums", "chains"]}
+    config = {"world": {"env": "math", "options": options}}
+    for settings in (config, config, {"world": {"env": "of another place"}}, {"world": "?"}):
         store.create_round(settings, 0, "model")
-    assert [str(place) for place in places_of(store, ["doors", "math"])] == [
-        "math, convention=json, low=3", "doors", "math",
-    ]  # fmt: skip
+    found = places_of(store, ["doors", "math"])
+    assert [place.env for place in found] == ["math", "doors", "math"]
+    games = Games(store, found, itertools.count(5))
+    until(games.start(0, Seat.HUMAN), Phase.TURN)  # with its options as they were
+    games.close()
 
 
 def test_what_does_not_go_with_the_browser_is_refused(tmp_path: Path) -> None:
@@ -286,7 +333,11 @@ def test_what_does_not_go_with_the_browser_is_refused(tmp_path: Path) -> None:
         (("nonesuch", "--human"), "nonesuch"),
         (("math", "-o", "convention=x"), "convention"),
         (("math", "--host", "0.0.0.0"), "0.0.0.0"),
+        (("math", "-k", "3"), "--co"),
     ):
         found = said(*words)
         assert found.exit_code == 2, (words, found.output)
         assert reason in found.output
+    found = CliRunner().invoke(shell, ["play", "math", "--human", "--port", "9000"])
+    assert found.exit_code == 2
+    assert "--web" in found.output

@@ -216,3 +216,24 @@ def test_two_items_that_were_merged_into_each_other_still_take_evidence(book, sa
     book.set_item_status(two, ItemStatus.RETIRED, "ada", "neither")
     (item,) = admit(book, [say("e3", "Knock before you enter.")])
     assert item.status is ItemStatus.RETIRED
+
+
+def test_an_item_that_was_retired_for_itself_takes_no_other_ones_place(book, say):
+    kept, merged = (i.id for i in admit(book, [say("e1", "Knock before you enter.", "Ring the bell twice at noon.")]))
+    book.merge_items(merged, kept, "ada", "the same")
+    book.set_item_status(merged, ItemStatus.ACTIVE, "ada", "another thing after all")
+    book.set_item_status(merged, ItemStatus.RETIRED, "ada", "and wrong")
+    (item,) = admit(book, [say("e2", "Ring the bell twice at noon.")])
+    assert (item.id, item.status) == (merged, ItemStatus.RETIRED)
+    assert book.item(kept).support == 1
+
+
+def test_the_old_wording_in_an_episodes_own_knowledge_is_recalled_not_learned(book, say, tiny_tokenizer):
+    (item,) = admit(book, [say("e1", "Knock before you enter.")])
+    known = book.add_knowledge(compose([item], 100, tiny_tokenizer))
+    new = book.reword_item(item.id, "Announce yourself at every door.", "ada", "clearer").id
+    newest = book.reword_item(new, "Say who you are, wherever you come in.", "ada", "clearer still").id
+    for number in range(3):
+        admit(book, [say(f"k{number}", "Knock before you enter.", knowledge=known.id)])
+    found = book.item(newest)
+    assert (found.support, [source.recalled for source in found.sources]) == (1, [False, True, True, True])
