@@ -129,7 +129,10 @@ def said(arms: Mapping[str, Mapping[int, Row]]) -> list[str]:
     for name, rows in arms.items():
         for seed, row in sorted(rows.items()):
             if "knowledge" in row:
-                texts.setdefault((ARMS[name].text, seed, row["knowledge"]), row["gap"])
+                written = row["knowledge"] == WORLDS[row["world"]].written
+                kind = "written" if written else ARMS[name].text
+                kind = f"{kind}, read by the larger model" if "teacher" in (ARMS[name].distill or {}) else kind
+                texts.setdefault((kind, seed, row["knowledge"]), row["gap"])
             if why := row.get("refused") or row.get("error") or row.get("stopped"):
                 lines.append(f"- {ARMS[name].title}, seed {seed}: {why}")
             if broken := {**row.get("broken", {}), **({"training": n} if (n := row.get("dropped")) else {})}:
