@@ -29,9 +29,11 @@ pytest.importorskip("fastapi", reason="needs the extra ui")
 
 from fastapi.testclient import TestClient
 
+from engrain.ui import games as web_games
 from engrain.ui.access import Access
 from engrain.ui.app import make_app
 from engrain.ui.games import LIMIT, Games, Phase, Place, Seat, WebGame, places_of
+from engrain.ui.pages import play as play_page
 
 ACTIONS = ["open door", "<b>wait</b>\u3000"]
 
@@ -177,7 +179,7 @@ def test_a_form_that_is_sent_twice_says_it_once(client: TestClient, access: Acce
 def test_the_page_follows_a_game_that_is_busy(
     client: TestClient, access: Access, parrot: Parrot, games: Games, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("engrain.ui.pages.play.SOON", 0.1)
+    monkeypatch.setattr(play_page, "SOON", 0.1)
     parrot.slow = threading.Event()
     page = client.post("/play", data={"csrf": access.csrf, "place": "0", "seat": "co"})
     follow = re.search(r'hx-get="(/play/\w+/now\?seen=0)"', page.text)
@@ -278,7 +280,7 @@ def test_the_game_that_nobody_looks_at_makes_room(games: Games, monkeypatch: pyt
         until(game, Phase.TURN)  # looking at a game
     with pytest.raises(UsageError, match=f"{LIMIT} games are under way"):
         games.start(0, Seat.HUMAN)
-    monkeypatch.setattr("engrain.ui.games.IDLE", 0.0)
+    monkeypatch.setattr(web_games, "IDLE", 0.0)
     games.start(0, Seat.HUMAN)
     assert [game.phase for game in (others[0], first)] == [Phase.OVER, Phase.TURN]
     games.close()
