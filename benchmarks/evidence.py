@@ -71,9 +71,11 @@ class Bench:
     def __init__(self, world: str, seed: int, model: str, coach: str, work: Path, listener: ConsoleListener) -> None:
         self.world, self.seed, self.work, self.listener = world, seed, work / world, listener
         self.model, self.coach = model, coach
-        self._spare: Path | None = None
         self.config: ImproveConfig = settings_of(world, seed, model)
-        self.tasks = RoundTasks.draw(self.config)
+
+    @cached_property
+    def tasks(self) -> RoundTasks:
+        return RoundTasks.draw(self.config)
 
     @cached_property
     def engine(self) -> TransformersEngine:
@@ -87,13 +89,10 @@ class Bench:
         """
         path = self.work / f"text-{name}-{self.seed}.json"
         coach = self.coach if name == "coach" else None
-        made_by = {
-            "model": self.model,
-            "coach": coach,
-            "settings": digest(settings_of(self.world, self.seed, self.model, coach=coach).model_dump_json()),
-        }
+        config = settings_of(self.world, self.seed, self.model, coach=coach)
+        made_by = {"model": self.model, "coach": coach, "settings": digest(config.model_dump_json())}
         if not path.exists():
-            found = self._make(name)
+            found = self._make(name, config)
             gap = paired_gain(self._bare, self._validated(found))
             write(path, {"text": found, "gap": gap.model_dump(), "positive": gap.positive, **made_by})
         kept: dict[str, Any] = json.loads(path.read_text())
@@ -101,12 +100,11 @@ class Bench:
             raise UsageError(f"{path} was made with another model, coach or settings; name another folder with --work")
         return kept
 
-    def _make(self, name: str) -> str:
+    def _make(self, name: str, config: ImproveConfig) -> str:
         if name in PLACEBOS:
             return PLACEBOS[name]
         if (written := WORLDS[self.world].written) is not None:
             return written
-        config = settings_of(self.world, self.seed, self.model, coach=self.coach if name == "coach" else None)
         with Store.open(str(self.work / f"store-{'coach' if name == 'coach' else 'own'}-{self.seed}.db")) as store:
             round_ = Round(store, self.engine, config, open_round(store, config), self.work / "unused", self.listener)
             episodes = round_.play()
@@ -134,8 +132,8 @@ class Bench:
         """The base model's outcomes on validation tasks, which every text is compared with."""
         return self._validated(None)
 
-    def _validated(self, text: str | None) -> list[bool]:
-        return [e.success for e in self._play(self.tasks.validation, text)]
+    def _validated(self, text: str | None, engine: TransformersEngine | None = None) -> list[bool]:
+        return [e.success for e in self._play(self.tasks.validation, text, engine=engine)]
 
     def _play(
         self,
@@ -192,24 +190,18 @@ class Bench:
         with nullcontext() if teacher is None else closing(teacher):
             positive = known["positive"]
             if teacher is not None:
-                taught = [e.success for e in self._play(self.tasks.validation, known["text"], engine=teacher)]
-                gap = paired_gain(self._bare, taught)
+                gap = paired_gain(self._bare, self._validated(known["text"], teacher))
                 row["gap"], positive = gap.model_dump(), gap.positive
             row["gap_test"] = "passed" if positive else "refused"
             if not positive and not (force or placebo):
                 return row | {"refused": "the gap is not there on validation tasks: the loop trains nothing"}
             row["forced"] = not positive
-            folder = self.work / f"{name}-{self.seed}"
-            row |= self._train(config, known["text"], folder, teacher)
-        row |= self.measure(None) | spent(started)
-        self._spare = folder
-        return row
+            row |= self._train(config, known["text"], self.folder(name), teacher)
+        return row | self.measure(None) | spent(started)
 
-    def clear(self) -> None:
-        """Remove the weights of the run that was written last."""
-        if self._spare is not None:
-            shutil.rmtree(self._spare)
-            self._spare = None
+    def folder(self, name: str) -> Path:
+        """Where an arm is trained; it stays until the run is written."""
+        return self.work / f"{name}-{self.seed}"
 
     def _train(
         self, config: DistillConfig, text: str, folder: Path, teacher: TransformersEngine | None
@@ -323,7 +315,8 @@ def run_all(bench: Bench, arms: Sequence[str], out: Path, *, force: bool, retry:
             row["error"] = str(error)
         row |= {"machine": where(), "commit": commit()}
         write(out / world / f"{name}-{seed}.json", row)
-        bench.clear()
+        if "steps" in row:
+            shutil.rmtree(bench.folder(name))
         rate = sum(map(int, row["test"])) / len(row["test"]) if "test" in row else None
         print(f"{world:10} seed {seed} {name:24} {row.get('refused') or row.get('error') or f'{rate:.2f}'}", flush=True)
 

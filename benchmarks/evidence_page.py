@@ -96,6 +96,7 @@ def section(title: str, arms: Mapping[str, Mapping[int, Row]]) -> list[str]:
     """One world: what was learned, what it cost elsewhere, and every run that did not end in a student."""
     there = {name: measured(arms[name]) for name in ARMS if measured(arms.get(name, {}))}
     seeds = sorted({seed for rows in there.values() for seed in rows})
+    names = sorted({other for rows in there.values() for row in rows.values() for other in row["other"]})
     learned, cost, watched = [], [], []
     for name, rows in there.items():
         marks = [word for word in ("stopped", "forced") if any(row.get(word) for row in rows.values())]
@@ -107,13 +108,11 @@ def section(title: str, arms: Mapping[str, Mapping[int, Row]]) -> list[str]:
         learned.append(
             (arm, rate(rows, "test"), by_seed, peer, *((f"{mean(tokens):.0f}", steps) if tokens else ("", "")))
         )
-        names = sorted({other for row in rows.values() for other in row["other"]})
         bare = [difference(rows, arms.get("bare", {}), other) if name != "bare" else "" for other in names]
         rates = [rate(rows, other) for other in names]
         cost.append((arm, *(cell for pair in zip(rates, bare, strict=True) for cell in pair)))
         sampled = [row["sampled"] for row in rows.values()]
         watched.append((arm, *(f"{mean(s[key] for s in sampled):.2f}" for key in _WATCHED)))
-    names = sorted({other for rows in there.values() for row in rows.values() for other in row["other"]})
     lines = [f"## {title}", "", f"Seeds: {', '.join(map(str, seeds))}; 128 test tasks a seed.", ""]
     head = ("student", "test", "by seed", "against off-policy", "tokens sampled", "best step by seed")
     lines += table(head, learned)

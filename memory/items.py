@@ -73,7 +73,7 @@ class ItemTable(Database):
                 if connection.execute(insert.returning(ItemRow.id)).scalar() is not None:
                     self._log(connection, "item", id_, "added", who, why)
             if extraction is not None:
-                episodes = (extraction.episode_id, *extraction.others)
+                episodes, names = (extraction.episode_id, *extraction.others), _names(connection, id_)
                 sources = [
                     {
                         "id": digest(id_, extraction.id, *([episode] if number else [])),
@@ -81,7 +81,7 @@ class ItemTable(Database):
                         "episode_id": episode,
                         "extraction_id": extraction.id,
                         "text": text,
-                        "recalled": _was_known(connection, episode, id_),
+                        "recalled": _was_known(connection, episode, names),
                         "created_at": created,
                     }
                     for number, episode in enumerate(dict.fromkeys(episodes))
@@ -340,13 +340,18 @@ def count_support(connection: sa.Connection, ids: Iterable[str]) -> None:
         connection.execute(sa.update(ItemRow).where(ItemRow.id.in_(chunk)).values(**values))
 
 
-def _was_known(connection: sa.Connection, episode_id: str, item_id: str) -> bool:
-    """Whether the knowledge that an episode was played with held this item, or one that was merged into it."""
+def _names(connection: sa.Connection, item_id: str) -> set[str]:
+    """The ids that an item has gone by: its own, and those of the items that were merged into it."""
     merged = sa.select(ItemFlagRow.item_id).where(ItemFlagRow.flag == MERGED)
     names, fresh = {item_id}, {item_id}
     while fresh:
         fresh = set(connection.scalars(merged.where(ItemFlagRow.other.in_(fresh)))) - names
         names |= fresh
+    return names
+
+
+def _was_known(connection: sa.Connection, episode_id: str, names: set[str]) -> bool:
+    """Whether the knowledge that an episode was played with held an item, under any of its ids."""
     query = (
         sa.select(KnowledgeItemRow.item_id)
         .join(EpisodeRow, EpisodeRow.knowledge == KnowledgeItemRow.knowledge_id)
