@@ -13,7 +13,7 @@ from typing import Any
 
 from clustered import difference as paired
 from clustered import rate as rated
-from evidence_worlds import ARMS, WORLDS, arms_of
+from evidence_worlds import ARMS, PLANNED, WORLDS, arms_of
 
 from engrain.gate import recovery
 
@@ -190,8 +190,14 @@ def build(folder: Path) -> dict[str, Any]:
     """Write `evidence.md` and `evidence.png` beside the folder of runs, and return the result as one JSON object."""
     everything = load(folder)
     runs, pilots = parted(everything)
-    asked = [world for world in WORLDS if world in runs or not WORLDS[world].large]
-    wanted = [(world, name, seed) for world in asked for name in arms_of(world) for seed in WORLDS[world].seeds]
+    asked = [world for world in WORLDS if world in runs or not WORLDS[world].extra]
+    wanted = [
+        (world, name, seed)
+        for world in asked
+        for name in arms_of(world)
+        if name in PLANNED
+        for seed in WORLDS[world].seeds
+    ]
     missing = [one for one in wanted if one[2] not in runs.get(one[0], {}).get(one[1], {})]
     recovered = {
         world: {name: found for name in ARMS if ARMS[name].distill is not None and (found := recoveries(arms, name))}

@@ -20,7 +20,18 @@ from engrain.demo import MODEL, demo_config
 from envs.base import Split
 from memory.render import render_knowledge
 
-__all__ = ["ARMS", "COACH", "PLACEBOS", "WORLDS", "Arm", "arms_of", "helpdesk", "instructions", "settings_of"]
+__all__ = [
+    "ARMS",
+    "COACH",
+    "PLACEBOS",
+    "PLANNED",
+    "WORLDS",
+    "Arm",
+    "arms_of",
+    "helpdesk",
+    "instructions",
+    "settings_of",
+]
 
 COACH = "qwen2.5-coder-1.5b"
 
@@ -34,7 +45,7 @@ class Place:
     written: str | None = None  # the prompt that is distilled; None: knowledge is extracted from play
     distill: Mapping[str, Any] = field(default_factory=dict)  # what differs from the demo's training
     budget_tokens: int = 128
-    large: bool = False  # more than two cores can do in a day
+    extra: bool = False  # run only when it is named: for a GPU, or one more of its kind
     seeds: tuple[int, ...] = (0, 1, 2)
 
 
@@ -57,6 +68,7 @@ WORLDS: dict[str, Place] = {
         ),
         32,
         seeds=_MATH_SEEDS,
+        extra=True,
     ),
     "helpdesk": Place(WorldSpec(env="helpdesk"), 12, written=helpdesk.PROMPT),
     "cooking": Place(WorldSpec(env="textworld", options={"game": "cooking"}), 16, budget_tokens=256),
@@ -65,13 +77,13 @@ WORLDS: dict[str, Place] = {
         WorldSpec(env="frozenlake", options={"size": "4", "holes": "3", "random_corners": "true", "max_turns": "8"}),
         64,
         budget_tokens=256,
-        large=True,
+        extra=True,
     ),
     "sokoban": Place(
         WorldSpec(env="sokoban", options={"max_turns": "8"}),
         64,
         budget_tokens=256,
-        large=True,
+        extra=True,
     ),
 }
 
@@ -121,6 +133,7 @@ class Arm:
     text: str | None = "filtered"  # filtered, unfiltered, traces, irrelevant, wrong or coach; None: no knowledge
     in_context: bool = False  # whether the text stands in the context when it is measured
     distill: Mapping[str, Any] | None = None
+    extra: bool = False  # run only when it is named: `recovery.py` has measured it with three seeds
 
 
 def _opcd(objective: str, **more: Any) -> Mapping[str, Any]:
@@ -135,13 +148,13 @@ ARMS: dict[str, Arm] = {
     "in-context-irrelevant": Arm("placebo in context: irrelevant", "irrelevant", in_context=True),
     "in-context-wrong": Arm("placebo in context: wrong", "wrong", in_context=True),
     "opcd-forward_kl": Arm("OPCD, forward KL", distill=_opcd("forward_kl")),
-    "opcd-crossing": Arm("OPCD, forward KL first, reverse KL once they overlap", distill=_opcd("crossing")),
+    "opcd-crossing": Arm("OPCD, forward KL first, reverse KL once they overlap", distill=_opcd("crossing"), extra=True),
     "off_policy": Arm("off-policy context distillation", distill={"method": "off_policy", "objective": "forward_kl"}),
     "sft": Arm("SFT on the teacher's replies", distill={"method": "sft", "objective": "cross_entropy"}),
     "opcd-reverse_kl": Arm("OPCD, reverse KL (the paper's)", distill=_opcd("reverse_kl")),
     "opcd-jsd": Arm("OPCD, JSD 0.5", distill=_opcd("jsd")),
-    "opcd-skew_kl": Arm("OPCD, skew KL 0.1", distill=_opcd("skew_kl")),
-    "opcd-topk": Arm("OPCD, top-256 reverse KL with tail", distill=_opcd("topk")),
+    "opcd-skew_kl": Arm("OPCD, skew KL 0.1", distill=_opcd("skew_kl"), extra=True),
+    "opcd-topk": Arm("OPCD, top-256 reverse KL with tail", distill=_opcd("topk"), extra=True),
     "opcd-live": Arm(
         "OPCD, forward KL, the teacher learns too", distill=_opcd("forward_kl", teacher_kind="ema", ema_rate=1.0)
     ),
@@ -153,6 +166,9 @@ ARMS: dict[str, Arm] = {
         "OPCD, forward KL, the larger model with its text teaches", "coach", distill=_opcd("forward_kl", teacher=COACH)
     ),
 }
+
+#: The arms that every world is asked for.
+PLANNED = [name for name, arm in ARMS.items() if not arm.extra]
 
 
 def arms_of(place: str) -> list[str]:
