@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 from evidence_page import build
-from evidence_worlds import ARMS, COACH, PLACEBOS, PLANNED, WORLDS, arms_of, settings_of
+from evidence_worlds import ARMS, COACH, PLACEBOS, WORLDS, arms_of, planned, settings_of
 from measure import where
 from rich.console import Console
 from rounds import monitored
@@ -61,7 +61,8 @@ from memory.records import Knowledge, digest
 from memory.render import compose, count_tokens
 from memory.store import Store
 
-FREE = SamplingParams(temperature=1.0, max_tokens=32)
+#: Tokens whose keys and values are kept between turns: those of 128 games.
+REUSE = 262_144
 #: Most tokens of raw traces in a context.
 TRACES = 1024
 
@@ -80,7 +81,7 @@ class Bench:
 
     @cached_property
     def engine(self) -> TransformersEngine:
-        return TransformersEngine(resolve(self.model), name=self.model)
+        return TransformersEngine(resolve(self.model), name=self.model, reuse_tokens=REUSE)
 
     def text(self, name: str) -> dict[str, Any]:
         """A knowledge text with its gap to the bare model on validation tasks; kept in a file.
@@ -158,12 +159,14 @@ class Bench:
         greedy = SamplingParams(temperature=0.0, max_tokens=32)
         played = {"test": self._play(self.tasks.test, text)}
         played |= {name: self._play(tasks, text, greedy) for name, tasks in self.tasks.ood.items()}
-        free = self._play(self.tasks.test[:32], text, FREE)
+        restricted = self.config.evaluation.sampling.admissible_only
+        free = SamplingParams(temperature=1.0, max_tokens=32, admissible_only=restricted)
+        sampled = self._play(self.tasks.test[:32], text, free)
         found: dict[str, Any] = {
             "test": bits(played["test"]),
             "other": {name: bits(played[name]) for name in self.tasks.ood},
-            "sampled": monitored(free, self.engine),
-            "broken": {name: n for name, e in {**played, "sampled": free}.items() if (n := len(failures(e)))},
+            "sampled": monitored(sampled, self.engine),
+            "broken": {name: n for name, e in {**played, "sampled": sampled}.items() if (n := len(failures(e)))},
         }
         if groups := [task.parameters["template"] for task in self.tasks.test if "template" in task.parameters]:
             found["groups"] = groups
@@ -273,7 +276,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--world", choices=WORLDS, nargs="*", default=[])
     parser.add_argument("--seeds", type=int, nargs="+", help="default: the world's three")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, metavar="ARM", help="default: all but the extra ones")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, metavar="ARM", help="default: those planned for the world")
     parser.add_argument("--model", default=MODEL, help="who plays and learns")
     parser.add_argument("--coach", default=COACH, help="the larger model of the arms that have one")
     parser.add_argument("--force", action="store_true", help="train also where the gap test refuses")
@@ -290,7 +293,7 @@ def main() -> None:
         for world in given.world:
             for seed in given.seeds or WORLDS[world].seeds:
                 bench = Bench(world, seed, given.model, given.coach, work, listener)
-                run_all(bench, given.arms or PLANNED, out, force=given.force, retry=given.retry)
+                run_all(bench, given.arms or planned(world), out, force=given.force, retry=given.retry)
     print(json.dumps(build(out)))
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from clustered import difference as paired
 from clustered import rate as rated
-from evidence_worlds import ARMS, PLANNED, WORLDS, arms_of
+from evidence_worlds import ARMS, WORLDS, planned
 
 from engrain.gate import recovery
 
@@ -25,7 +25,7 @@ _TITLES = {
     "products": 'Products that count only as `{"answer": 12}`',
     "chains": "Chains of three terms that count only as `\\boxed{12}`",
     "helpdesk": "A written prompt: sorting messages",
-    "cooking": "TextWorld cooking",
+    "cooking": "TextWorld cooking, prepare and eat a meal",
     "frozenlake": "FrozenLake without its rules",
     "sokoban": "Sokoban without its rules",
 }
@@ -191,13 +191,7 @@ def build(folder: Path) -> dict[str, Any]:
     everything = load(folder)
     runs, pilots = parted(everything)
     asked = [world for world in WORLDS if world in runs or not WORLDS[world].extra]
-    wanted = [
-        (world, name, seed)
-        for world in asked
-        for name in arms_of(world)
-        if name in PLANNED
-        for seed in WORLDS[world].seeds
-    ]
+    wanted = [(world, name, seed) for world in asked for name in planned(world) for seed in WORLDS[world].seeds]
     missing = [one for one in wanted if one[2] not in runs.get(one[0], {}).get(one[1], {})]
     recovered = {
         world: {name: found for name in ARMS if ARMS[name].distill is not None and (found := recoveries(arms, name))}

@@ -24,12 +24,12 @@ __all__ = [
     "ARMS",
     "COACH",
     "PLACEBOS",
-    "PLANNED",
     "WORLDS",
     "Arm",
     "arms_of",
     "helpdesk",
     "instructions",
+    "planned",
     "settings_of",
 ]
 
@@ -45,6 +45,8 @@ class Place:
     written: str | None = None  # the prompt that is distilled; None: knowledge is extracted from play
     distill: Mapping[str, Any] = field(default_factory=dict)  # what differs from the demo's training
     budget_tokens: int = 128
+    admissible: bool = False  # each reply is one of the commands that the world lists
+    without: tuple[str, ...] = ()  # texts whose arms are not planned here
     extra: bool = False  # run only when it is named: for a GPU, or one more of its kind
     seeds: tuple[int, ...] = (0, 1, 2)
 
@@ -71,7 +73,15 @@ WORLDS: dict[str, Place] = {
         extra=True,
     ),
     "helpdesk": Place(WorldSpec(env="helpdesk"), 12, written=helpdesk.PROMPT),
-    "cooking": Place(WorldSpec(env="textworld", options={"game": "cooking"}), 16, budget_tokens=256),
+    # The shortest game: with every ingredient at hand the meal must be prepared and eaten. A turn is read 128 times a
+    # measurement, an eighth of an hour on one core, so placebos and the larger model stay with the other worlds.
+    "cooking": Place(
+        WorldSpec(env="textworld", options={"game": "cooking", "take": "0", "max_turns": "4"}),
+        16,
+        budget_tokens=256,
+        admissible=True,
+        without=("irrelevant", "wrong", "coach"),
+    ),
     # The paper's 3 x 3 lake has a dozen boards for tests; 128 need a larger one.
     "frozenlake": Place(
         WorldSpec(env="frozenlake", options={"size": "4", "holes": "3", "random_corners": "true", "max_turns": "8"}),
@@ -167,9 +177,6 @@ ARMS: dict[str, Arm] = {
     ),
 }
 
-#: The arms that every world is asked for.
-PLANNED = [name for name, arm in ARMS.items() if not arm.extra]
-
 
 def arms_of(place: str) -> list[str]:
     """Names of the arms that make sense on a world: a written prompt is nobody's own, unfiltered or as traces."""
@@ -181,14 +188,19 @@ def arms_of(place: str) -> list[str]:
     ]
 
 
+def planned(place: str) -> list[str]:
+    """Names of the arms that a world is asked for when none are named."""
+    return [name for name in arms_of(place) if not ARMS[name].extra and ARMS[name].text not in WORLDS[place].without]
+
+
 def settings_of(place: str, seed: int, model: str = MODEL, *, coach: str | None = None) -> ImproveConfig:
     """The demo's settings on a world, with 128 test tasks and other worlds; the model or a coach reads the episodes."""
     found, base = WORLDS[place], demo_config(seed=seed)
     plain = OodSpec(env="math", options=found.world.options if found.world.env == "math" else {}, tasks=48)
-    greedy = SamplingParams(temperature=0.0, max_tokens=found.max_tokens)
+    replies = {"max_tokens": found.max_tokens, "admissible_only": found.admissible}
     distill = {
         **base.distill.model_dump(),
-        "sampling": {"temperature": 1.0, "max_tokens": found.max_tokens},
+        "sampling": {"temperature": 1.0, **replies},
         **found.distill,
     }
     return base.model_copy(
@@ -196,7 +208,7 @@ def settings_of(place: str, seed: int, model: str = MODEL, *, coach: str | None 
             "model": model,
             "world": found.world,
             "play": base.play.model_copy(
-                update={"sampling": SamplingParams(temperature=0.7, max_tokens=found.max_tokens)}
+                update={"sampling": SamplingParams(temperature=0.7, **replies)}
             ),
             "extract": base.extract.model_copy(
                 update={
@@ -206,7 +218,7 @@ def settings_of(place: str, seed: int, model: str = MODEL, *, coach: str | None 
             "evaluation": base.evaluation.model_copy(
                 update={
                     "test_tasks": 128,
-                    "sampling": greedy,
+                    "sampling": SamplingParams(temperature=0.0, **replies),
                     "ood": (
                         plain,
                         OodSpec(env="instructions", split=Split.TEST, tasks=100),
