@@ -31,6 +31,7 @@ _TITLES = {
 }
 _WATCHED = ("entropy", "distinct_2", "response_tokens", "leak_rate")
 _OURS, _PEER = "opcd-forward_kl", "off_policy"
+_PEERS = ("in-context", _PEER, "sft", "opcd-reverse_kl", "opcd-jsd", "opcd-live")
 
 
 def load(folder: Path) -> Runs:
@@ -122,6 +123,25 @@ def section(title: str, arms: Mapping[str, Mapping[int, Row]]) -> list[str]:
     return lines
 
 
+def head_to_head(runs: Runs) -> list[str]:
+    """What OPCD gains or loses beside every way that a user could take instead."""
+    rows = []
+    for world, arms in runs.items():
+        ours = measured(arms.get(_OURS, {}))
+        for peer in _PEERS:
+            if both := set(ours) & set(measured(arms.get(peer, {}))):
+                names = sorted({name for seed in both for name in ours[seed]["other"]})
+                found = {name: difference(ours, arms[peer], name) for name in ("test", *names)}
+                rows.append((world, ARMS[peer].title, str(len(both)), found))
+    if not rows:
+        return []
+    columns = list(dict.fromkeys(name for *_, found in rows for name in found))
+    cells = [(*front, *(found.get(name, "") for name in columns)) for *front, found in rows]
+    title = f"## {ARMS[_OURS].title}, beside the others"
+    what = "What it is better (+) or worse (-) by, paired by task, on the seeds that both have."
+    return [title, "", what, "", *table(("world", "beside", "seeds", *columns), cells)]
+
+
 def said(arms: Mapping[str, Mapping[int, Row]]) -> list[str]:
     """The texts with their gaps, refusals, failures, and episodes that broke."""
     lines, texts = [], {}
@@ -208,6 +228,7 @@ def build(folder: Path) -> dict[str, Any]:
         if runs:
             draw(runs, folder.with_suffix(".png"))
             lines += [f"![Accuracy of every student]({folder.name}.png)", ""]
+        lines += head_to_head(runs)
         for world, arms in runs.items():
             lines += section(_TITLES[world], arms)
         for world, arms in pilots.items():
