@@ -114,7 +114,10 @@ def section(title: str, arms: Mapping[str, Mapping[int, Row]]) -> list[str]:
         cost.append((arm, *(cell for pair in zip(rates, bare, strict=True) for cell in pair)))
         sampled = [row["sampled"] for row in rows.values()]
         watched.append((arm, *(f"{mean(s[key] for s in sampled):.2f}" for key in _WATCHED)))
-    lines = [f"## {title}", "", f"Seeds: {', '.join(map(str, seeds))}; 128 test tasks a seed.", ""]
+    lines = [f"## {title}", ""]
+    if not there:
+        return [*lines, "Nothing was measured yet.", "", *said(arms)]
+    lines += [f"Seeds: {', '.join(map(str, seeds))}; 128 test tasks a seed.", ""]
     head = ("student", "test", "by seed", "against off-policy", "tokens sampled", "best step by seed")
     lines += table(head, learned)
     lines += table(("student", *(cell for other in names for cell in (other, "against bare"))), cost)
@@ -144,18 +147,21 @@ def head_to_head(runs: Runs) -> list[str]:
 
 def said(arms: Mapping[str, Mapping[int, Row]]) -> list[str]:
     """The texts with their gaps, refusals, failures, and episodes that broke."""
-    lines, texts = [], {}
-    for name, rows in arms.items():
-        for seed, row in sorted(rows.items()):
+    lines: list[str] = []
+    texts: dict[tuple[str | None, int, str], Row] = {}
+    ended: dict[tuple[int, str], list[str]] = {}
+    for name in ARMS:
+        for seed, row in sorted(arms.get(name, {}).items()):
             if "knowledge" in row:
                 written = row["knowledge"] == WORLDS[row["world"]].written
                 kind = "written" if written else ARMS[name].text
                 kind = f"{kind}, read by the larger model" if "teacher" in (ARMS[name].distill or {}) else kind
                 texts.setdefault((kind, seed, row["knowledge"]), row["gap"])
             if why := row.get("refused") or row.get("error") or row.get("stopped"):
-                lines.append(f"- {ARMS[name].title}, seed {seed}: {why}")
+                ended.setdefault((seed, why), []).append(ARMS[name].title)
             if broken := {**row.get("broken", {}), **({"training": n} if (n := row.get("dropped")) else {})}:
                 lines.append(f"- {ARMS[name].title}, seed {seed}: episodes without a reply or with a fault: {broken}")
+    lines += [f"- seed {seed}, {why}: {'; '.join(titles)}" for (seed, why), titles in sorted(ended.items())]
     for (kind, seed, text), gap in texts.items():
         short = text if len(text) <= 300 else text[:300] + " …"
         found = f"{gap['difference']:+.2f} [{gap['low']:+.2f}, {gap['high']:+.2f}], n={gap['n']}"
@@ -174,10 +180,11 @@ def draw(runs: Runs, path: Path) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
+    names = [name for name in ARMS if any(measured(arms.get(name, {})) for arms in runs.values())]
+    runs = {world: arms for world, arms in runs.items() if any(map(measured, arms.values()))}
     figure, axes = plt.subplots(
         1, len(runs), figsize=(3.2 + 2.6 * len(runs), 5.6), dpi=130, sharey=True, layout="constrained", squeeze=False
     )
-    names = [name for name in ARMS if any(measured(arms.get(name, {})) for arms in runs.values())]
     for axis, (world, arms) in zip(axes[0], runs.items(), strict=True):
         for place, name in enumerate(names):
             rows = measured(arms.get(name, {}))
@@ -225,7 +232,7 @@ def build(folder: Path) -> dict[str, Any]:
         lines += [reading.read_text(encoding="utf-8"), ""] if reading.exists() else []
         count = f"{len(wanted) - len(missing)} of {len(wanted)} planned runs have been made, {faults} of them failed"
         lines += [f"{count}; the others wait for the same command.", "", _INTERVALS, ""]
-        if runs:
+        if any(measured(rows) for arms in runs.values() for rows in arms.values()):
             draw(runs, folder.with_suffix(".png"))
             lines += [f"![Accuracy of every student]({folder.name}.png)", ""]
         lines += head_to_head(runs)
@@ -254,6 +261,7 @@ def build(folder: Path) -> dict[str, Any]:
         "mean_recovery": {
             world: {name: round(mean(found.values()), 3) for name, found in arms.items()}
             for world, arms in recovered.items()
+            if arms
         },
         "runs": sum(len(rows) for arms in everything.values() for rows in arms.values()),
     }

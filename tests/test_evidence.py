@@ -201,10 +201,10 @@ def test_the_page_tells_of_every_run_also_of_those_that_failed(bench: Any, tmp_p
     sampled = {"entropy": 1.0, "distinct_2": 0.9, "response_tokens": 9.0, "leak_rate": 0.0, "n": 32}
     gap = {"difference": 0.5, "low": 0.3, "high": 0.7, "n": 32}
 
-    def write(arm: str, seed: int, **row: Any) -> None:
-        path = tmp_path / "evidence" / "sums" / f"{arm}-{seed}.json"
+    def write(arm: str, seed: int, *, world: str = "sums", **row: Any) -> None:
+        path = tmp_path / "evidence" / world / f"{arm}-{seed}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"world": "sums", "arm": arm, "seed": seed, **row}))
+        path.write_text(json.dumps({"world": world, "arm": arm, "seed": seed, **row}))
 
     for seed in (3, 4):
         for arm, test in (
@@ -217,16 +217,19 @@ def test_the_page_tells_of_every_run_also_of_those_that_failed(bench: Any, tmp_p
             write(arm, seed, test=test, other={"plain": "10"}, sampled=sampled, sampled_tokens=100, **text)
     write("sft", 3, error="no space left")
     write("opcd-wrong", 3, refused="no gap", gap_test="refused")
+    write("opcd-jsd", 3, refused="no gap", gap_test="refused")
+    write("sft", 0, world="cooking", refused="no gap", gap_test="refused")
     other = {"test": "1111", "other": {"plain": "10"}, "sampled": sampled}
     write("opcd-forward_kl", 0, **other, broken={"test": 2}, stopped="enough")
     (tmp_path / "evidence" / "reading.md").write_text("What is to be seen.")
     found = evidence_page.build(tmp_path / "evidence")
     assert found["mean_recovery"] == {"sums": {"opcd-forward_kl": 0.75, "off_policy": 0.5}}
-    assert (found["ours"], found["peer"], found["ratio"], found["met"], found["runs"]) == (0.75, 0.5, 1.5, False, 11)
+    assert (found["ours"], found["peer"], found["ratio"], found["met"], found["runs"]) == (0.75, 0.5, 1.5, False, 13)
     page = (tmp_path / "evidence.md").read_text()
     assert "What is to be seen." in page
-    assert "SFT on the teacher's replies, seed 3: no space left" in page
-    assert "OPCD by force, wrong placebo, seed 3: no gap" in page
+    assert "- seed 3, no space left: SFT on the teacher's replies\n" in page
+    assert "- seed 3, no gap: OPCD, JSD 0.5; OPCD by force, wrong placebo\n" in page
+    assert "Nothing was measured yet.\n\n- seed 0, no gap: SFT" in page.split("## TextWorld cooking")[1]
     assert "other seeds" in page
     assert "| OPCD, forward KL (stopped) | 1.00 [0.51, 1.00] | 1.00 |" in page
     assert "seed 0: episodes without a reply or with a fault: {'test': 2}" in page
