@@ -230,8 +230,11 @@ def build(folder: Path) -> dict[str, Any]:
         made = f"Made by `python benchmarks/evidence.py`; each run is a JSON file in `{folder.name}/`."
         lines = ["# Evidence", "", made, ""]
         lines += [reading.read_text(encoding="utf-8"), ""] if reading.exists() else []
-        count = f"{len(wanted) - len(missing)} of {len(wanted)} planned runs have been made, {faults} of them failed"
-        lines += [f"{count}; the others wait for the same command.", "", _INTERVALS, ""]
+        done = [runs[world][name][seed] for world, name, seed in wanted if (world, name, seed) not in missing]
+        count = f"{len(done)} of {len(wanted)} planned runs have been made: "
+        count += f"{sum('test' in row for row in done)} measured, "
+        count += f"{sum('refused' in row for row in done)} refused by the gap test, {faults} failed"
+        lines += [f"{count}. The others wait for the same command.", "", _INTERVALS, ""]
         if any(measured(rows) for arms in runs.values() for rows in arms.values()):
             draw(runs, folder.with_suffix(".png"))
             lines += [f"![Accuracy of every student]({folder.name}.png)", ""]

@@ -227,6 +227,7 @@ def test_the_page_tells_of_every_run_also_of_those_that_failed(bench: Any, tmp_p
     assert (found["ours"], found["peer"], found["ratio"], found["met"], found["runs"]) == (0.75, 0.5, 1.5, False, 13)
     page = (tmp_path / "evidence.md").read_text()
     assert "What is to be seen." in page
+    assert "12 of 174 planned runs have been made: 8 measured, 3 refused by the gap test, 1 failed." in page
     assert "- seed 3, no space left: SFT on the teacher's replies\n" in page
     assert "- seed 3, no gap: OPCD, JSD 0.5; OPCD by force, wrong placebo\n" in page
     assert "Nothing was measured yet.\n\n- seed 0, no gap: SFT" in page.split("## TextWorld cooking")[1]
