@@ -73,8 +73,8 @@ WORLDS: dict[str, Place] = {
         extra=True,
     ),
     "helpdesk": Place(WorldSpec(env="helpdesk"), 12, written=helpdesk.PROMPT),
-    # The shortest game: with every ingredient at hand the meal must be prepared and eaten. A turn is read 128 times a
-    # measurement, an eighth of an hour on one core, so placebos and the larger model stay with the other worlds.
+    # The shortest game: with every ingredient at hand the meal must be prepared and eaten. Measuring one
+    # student takes 20 minutes on one core, so placebos and the larger model stay with the other worlds.
     "cooking": Place(
         WorldSpec(env="textworld", options={"game": "cooking", "take": "0", "max_turns": "4"}),
         16,
