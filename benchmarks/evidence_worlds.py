@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import helpdesk
@@ -43,7 +43,6 @@ class Place:
     world: WorldSpec
     max_tokens: int  # of one reply
     written: str | None = None  # the prompt that is distilled; None: knowledge is extracted from play
-    distill: Mapping[str, Any] = field(default_factory=dict)  # what differs from the demo's training
     budget_tokens: int = 128
     admissible: bool = False  # each reply is one of the commands that the world lists
     without: tuple[str, ...] = ()  # texts whose arms are not planned here
@@ -201,7 +200,6 @@ def settings_of(place: str, seed: int, model: str = MODEL, *, coach: str | None 
     distill = {
         **base.distill.model_dump(),
         "sampling": {"temperature": 1.0, **replies},
-        **found.distill,
     }
     return base.model_copy(
         update={
