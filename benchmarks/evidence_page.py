@@ -31,7 +31,14 @@ _TITLES = {
 }
 _WATCHED = ("entropy", "distinct_2", "response_tokens", "leak_rate")
 _OURS, _PEER = "opcd-forward_kl", "off_policy"
-_PEERS = ("in-context", _PEER, "sft", "opcd-reverse_kl", "opcd-jsd", "opcd-live")
+#: What is compared, each with what a user could take instead.
+_PAIRS = (
+    *((_OURS, other) for other in ("in-context", _PEER, "sft", "opcd-reverse_kl", "opcd-jsd", "opcd-live")),
+    (_OURS, "opcd-unfiltered"),
+    ("in-context", "in-context-unfiltered"),
+    ("opcd-unfiltered", "in-context-unfiltered"),
+    *(("cross-size", other) for other in ("in-context-coach", "in-context", _OURS)),
+)
 
 
 def load(folder: Path) -> Runs:
@@ -126,23 +133,22 @@ def section(title: str, arms: Mapping[str, Mapping[int, Row]]) -> list[str]:
     return lines
 
 
-def head_to_head(runs: Runs) -> list[str]:
-    """What OPCD gains or loses beside every way that a user could take instead."""
+def side_by_side(runs: Runs) -> list[str]:
+    """What a way gains or loses beside another one."""
     rows = []
     for world, arms in runs.items():
-        ours = measured(arms.get(_OURS, {}))
-        for peer in _PEERS:
+        for name, peer in _PAIRS:
+            ours = measured(arms.get(name, {}))
             if both := set(ours) & set(measured(arms.get(peer, {}))):
-                names = sorted({name for seed in both for name in ours[seed]["other"]})
-                found = {name: difference(ours, arms[peer], name) for name in ("test", *names)}
-                rows.append((world, ARMS[peer].title, str(len(both)), found))
+                asked = sorted({other for seed in both for other in ours[seed]["other"]})
+                found = {one: difference(ours, arms[peer], one) for one in ("test", *asked)}
+                rows.append((world, ARMS[name].title, ARMS[peer].title, str(len(both)), found))
     if not rows:
         return []
     columns = list(dict.fromkeys(name for *_, found in rows for name in found))
     cells = [(*front, *(found.get(name, "") for name in columns)) for *front, found in rows]
-    title = f"## {ARMS[_OURS].title}, beside the others"
-    what = "What it is better (+) or worse (-) by, paired by task, on the seeds that both have."
-    return [title, "", what, "", *table(("world", "beside", "seeds", *columns), cells)]
+    what = "What the first is better (+) or worse (-) by than the second, paired by task, on the seeds that both have."
+    return ["## Side by side", "", what, "", *table(("world", "first", "second", "seeds", *columns), cells)]
 
 
 def said(arms: Mapping[str, Mapping[int, Row]]) -> list[str]:
@@ -238,7 +244,7 @@ def build(folder: Path) -> dict[str, Any]:
         if any(measured(rows) for arms in runs.values() for rows in arms.values()):
             draw(runs, folder.with_suffix(".png"))
             lines += [f"![Accuracy of every student]({folder.name}.png)", ""]
-        lines += head_to_head(runs)
+        lines += side_by_side(runs)
         for world, arms in runs.items():
             lines += section(_TITLES[world], arms)
         for world, arms in pilots.items():

@@ -239,8 +239,8 @@ def test_the_page_tells_of_every_run_also_of_those_that_failed(bench: Any, tmp_p
     row = next(line for line in page.splitlines() if line.startswith("| OPCD, forward KL |"))
     assert "0.75 [0.41, 0.93] | 0.75 0.75 | +0.25" in row
     beside = [line for line in page.splitlines() if line.startswith("| sums |")]
-    assert [line.split(" | ")[1] for line in beside] == ["knowledge in context", "off-policy context distillation"]
-    assert beside[0].startswith("| sums | knowledge in context | 2 | -0.25 [")
-    assert beside[1].startswith("| sums | off-policy context distillation | 2 | +0.25 [")
+    assert [line.split(" | ")[2] for line in beside] == ["knowledge in context", "off-policy context distillation"]
+    assert beside[0].startswith("| sums | OPCD, forward KL | knowledge in context | 2 | -0.25 [")
+    assert beside[1].startswith("| sums | OPCD, forward KL | off-policy context distillation | 2 | +0.25 [")
     assert "| +0.00 [" in beside[1]  # elsewhere
     assert (tmp_path / "evidence.png").stat().st_size > 10_000
