@@ -225,7 +225,8 @@ def build(folder: Path) -> dict[str, Any]:
     runs, pilots = parted(everything)
     asked = [world for world in WORLDS if world in runs or not WORLDS[world].extra]
     wanted = [(world, name, seed) for world in asked for name in planned(world) for seed in WORLDS[world].seeds]
-    missing = [one for one in wanted if one[2] not in runs.get(one[0], {}).get(one[1], {})]
+    done = [row for world, name, seed in wanted if (row := runs.get(world, {}).get(name, {}).get(seed)) is not None]
+    missing = len(wanted) - len(done)
     recovered = {
         world: {name: found for name in ARMS if ARMS[name].distill is not None and (found := recoveries(arms, name))}
         for world, arms in runs.items()
@@ -236,7 +237,6 @@ def build(folder: Path) -> dict[str, Any]:
         made = f"Made by `python benchmarks/evidence.py`; each run is a JSON file in `{folder.name}/`."
         lines = ["# Evidence", "", made, ""]
         lines += [reading.read_text(encoding="utf-8"), ""] if reading.exists() else []
-        done = [runs[world][name][seed] for world, name, seed in wanted if (world, name, seed) not in missing]
         count = f"{len(done)} of {len(wanted)} planned runs have been made: "
         count += f"{sum('test' in row for row in done)} measured, "
         count += f"{sum('refused' in row for row in done)} refused by the gap test, {faults} failed"
@@ -265,7 +265,7 @@ def build(folder: Path) -> dict[str, Any]:
         "pairs": len(both),
         "target": {"recovery": 0.8},
         "met": mine is not None and mine >= 0.8 and not missing and not faults,
-        "missing": len(missing),
+        "missing": missing,
         "faults": faults,
         "mean_recovery": {
             world: {name: round(mean(found.values()), 3) for name, found in arms.items()}
