@@ -89,4 +89,5 @@ def _variance(residuals: Sequence[float], places: Sequence[Sequence[int]]) -> fl
 def _wilson(p: float, n: float) -> tuple[float, float]:
     middle, scale = p + _Z**2 / (2 * n), 1 + _Z**2 / n
     margin = _Z * math.sqrt(p * (1 - p) / n + _Z**2 / (4 * n**2))
-    return max(0.0, (middle - margin) / scale), min(1.0, (middle + margin) / scale)
+    # Rounding may put an end a hair inside p where p is 0 or 1.
+    return max(0.0, min(p, (middle - margin) / scale)), min(1.0, max(p, (middle + margin) / scale))

@@ -14,6 +14,7 @@ from typing import Any
 from clustered import difference as paired
 from clustered import rate as rated
 from evidence_worlds import ARMS, WORLDS, planned
+from rounds_page import section as rounds_in_a_row
 
 from engrain.gate import recovery
 
@@ -232,7 +233,7 @@ def build(folder: Path) -> dict[str, Any]:
         for world, arms in runs.items()
     }
     faults = sum("error" in row for arms in runs.values() for rows in arms.values() for row in rows.values())
-    page, reading = folder.with_suffix(".md"), folder / "reading.md"
+    page, reading, rounds = folder.with_suffix(".md"), folder / "reading.md", folder.with_name("rounds.json")
     if everything:
         made = f"Made by `python benchmarks/evidence.py`; each run is a JSON file in `{folder.name}/`."
         lines = ["# Evidence", "", made, ""]
@@ -247,6 +248,7 @@ def build(folder: Path) -> dict[str, Any]:
         lines += side_by_side(runs)
         for world, arms in runs.items():
             lines += section(_TITLES[world], arms)
+        lines += rounds_in_a_row(json.loads(rounds.read_text(encoding="utf-8"))["series"]) if rounds.exists() else []
         for world, arms in pilots.items():
             lines += section(f"{_TITLES[world]}: other seeds", arms)
         page.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ def bench() -> Any:
         import evidence_worlds
 
         yield evidence_worlds
-    for name in ("evidence_worlds", "evidence_page", "instructions", "helpdesk", "clustered"):
+    for name in ("evidence_worlds", "evidence_page", "instructions", "helpdesk", "clustered", "rounds_page"):
         sys.modules.pop(name, None)
 
 
@@ -244,3 +245,42 @@ def test_the_page_tells_of_every_run_also_of_those_that_failed(bench: Any, tmp_p
     assert beside[1].startswith("| sums | OPCD, forward KL | off-policy context distillation | 2 | +0.25 [")
     assert "| +0.00 [" in beside[1]  # elsewhere
     assert (tmp_path / "evidence.png").stat().st_size > 10_000
+
+
+def test_rounds_in_a_row_are_shown_with_what_was_learned_forgotten_and_lost(bench: Any, tmp_path: Path) -> None:
+    import rounds_page
+
+    def row(number: int, family: str, learned: Mapping[str, str], *, taken: bool, entropy: float) -> dict[str, Any]:
+        asked = dict.fromkeys(("sums", "products", "chains", "differences", "plain", "instructions"), "0000")
+        sampled = {"entropy": entropy, "distinct_2": 0.5, "response_tokens": 10.0, "leak_rate": 0.0}
+        probe = {**asked, **learned, "sampled": sampled}
+        return {"round": number, "probe": probe} | ({"family": family, "taken": taken} if family else {})
+
+    series = [
+        {"gated": False, "seed": seed, "rounds": [
+            row(0, "", {"plain": "1111"}, taken=False, entropy=1.0),
+            row(1, "sums", {"sums": "1110", "plain": "1100"}, taken=True, entropy=2.0),
+            row(2, "products", {"sums": "0000", "products": "1111", "plain": "1000"}, taken=seed == 3, entropy=3.0),
+        ]}
+        for seed in (3, 4)
+    ]  # fmt: skip
+    lines = rounds_page.section(series)
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")][2:]
+    assert [(row[1], row[2]) for row in cells] == [("(the base model)", ""), ("sums", "2 of 2"), ("products", "1 of 2")]
+    assert [row[3][:4] for row in cells] == ["", "0.75", "1.00"]
+    assert [row[4][:4] for row in cells] == ["", "", "0.00"]  # sums was forgotten
+    assert [row[7] for row in cells] == ["1.00", "2.00", "3.00"]
+    [last] = [line for line in lines if line.startswith("Round 2 against the base model")]
+    assert "plain -0.75 [" in last
+    assert "With the gate" not in lines
+    rounds_page.draw(series, tmp_path / "rounds.png")
+    assert (tmp_path / "rounds.png").stat().st_size > 10_000
+    (tmp_path / "rounds.json").write_text(json.dumps({"series": series}))
+    (tmp_path / "evidence" / "helpdesk").mkdir(parents=True)
+    (tmp_path / "evidence" / "helpdesk" / "bare-0.json").write_text(
+        json.dumps({"world": "helpdesk", "arm": "bare", "seed": 0, "error": "stopped by hand"})
+    )
+    from evidence_page import build
+
+    build(tmp_path / "evidence")
+    assert "## Rounds in a row" in (tmp_path / "evidence.md").read_text()
