@@ -40,7 +40,7 @@ from evidence_page import build
 from evidence_worlds import ARMS, COACH, PLACEBOS, WORLDS, arms_of, planned, settings_of
 from measure import where
 from rich.console import Console
-from rounds import monitored
+from rounds import bits, monitored
 
 from agent.engines.transformers import TransformersEngine
 from agent.episode import Episode, SamplingParams
@@ -245,11 +245,6 @@ class Bench:
             lockstep=True,
         )
         return sum(e.success for e in episodes) / len(episodes)
-
-
-def bits(episodes: Sequence[Episode]) -> str:
-    """Success task by task, in the tasks' order: `1` or `0`."""
-    return "".join("01"[episode.success] for episode in episodes)
 
 
 def write(path: Path, content: dict[str, Any]) -> None:

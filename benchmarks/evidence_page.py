@@ -6,7 +6,7 @@ What the intervals are is in `clustered.py`. What is written by hand stands in `
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -15,6 +15,7 @@ from clustered import difference as paired
 from clustered import rate as rated
 from evidence_worlds import ARMS, WORLDS, planned
 from rounds_page import section as rounds_in_a_row
+from rounds_page import table
 
 from engrain.gate import recovery
 
@@ -95,10 +96,6 @@ def recoveries(arms: Mapping[str, Mapping[int, Row]], name: str) -> dict[int, fl
     both = sorted(set.intersection(*map(set, rows)))
     found = {seed: recovery(*(accuracy(some[seed]) for some in rows)) for seed in both}
     return {seed: value for seed, value in found.items() if value is not None}
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)] + [""]
 
 
 def section(title: str, arms: Mapping[str, Mapping[int, Row]]) -> list[str]:

@@ -98,8 +98,7 @@ class Probe:
             self.engine.checkpoint = checkpoint.id if checkpoint else None
         found: dict[str, Any] = {"checkpoint": checkpoint.id if checkpoint else None}
         for world, tasks in self.tasks.items():
-            episodes = self._play(f"{name}/{world}", tasks, GREEDY)
-            found[world] = "".join("01"[episode.success] for episode in episodes)
+            found[world] = bits(self._play(f"{name}/{world}", tasks, GREEDY))
         some = [task for world, tasks in self.tasks.items() if world != "instructions" for task in tasks[:8]]
         found["sampled"] = monitored(self._play(f"{name}/sampled", some, FREE), self.engine)
         self.listener.note(", ".join(f"{world} {mean(map(int, found[world])):.2f}" for world in self.tasks))
@@ -116,6 +115,11 @@ class Probe:
             seed=self.seed,
             progress=lambda stats: self.listener.rollout(f"probe/{name}", stats),
         )
+
+
+def bits(episodes: Sequence[Episode]) -> str:
+    """Success task by task, in the tasks' order: `1` or `0`."""
+    return "".join("01"[episode.success] for episode in episodes)
 
 
 def monitored(episodes: Sequence[Episode], engine: TransformersEngine) -> dict[str, float]:

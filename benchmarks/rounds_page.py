@@ -26,7 +26,8 @@ _ABOUT = """\
 Six rounds, each from twelve played tasks of one family to a text to OPCD with forward KL for 8 steps; a round goes on
 from the weights of the last. After each, the same questions: 48 test tasks of each of four families, 48 plain problems
 whose answer counts in any form, a hundred instructions, 40 replies at temperature 1. `python benchmarks/rounds.py
---ungated` and `python benchmarks/rounds.py` make them, into [`rounds.json`](rounds.json)."""
+--ungated` makes them without the gate, `python benchmarks/rounds.py` with it; `--json` writes
+[`rounds.json`](rounds.json)."""
 
 
 def pooled(rows: Mapping[int, Row], worlds: Sequence[str]) -> tuple[list[bool], list[Any]]:
@@ -67,6 +68,11 @@ def change(rounds: Sequence[Mapping[int, Row]], world: str) -> Interval:
     return difference(before, pooled(rounds[-1], [world])[0], groups)
 
 
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table, and an empty one after it."""
+    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)] + [""]
+
+
 def section(series: Sequence[Series]) -> list[str]:
     """What is learned, forgotten and lost over rounds, one table with the gate and one without."""
     lines = ["## Rounds in a row", "", *_ABOUT.split("\n"), ""]
@@ -77,7 +83,7 @@ def section(series: Sequence[Series]) -> list[str]:
         met = families(rounds)
         lines += [f"### {title}", "", f"Seeds: {', '.join(map(str, sorted(rounds[0])))}.", ""]
         head = ["round", "family", "taken on", "this family", "families before", "plain", "instructions"]
-        cells = [[*head, *_WATCHED.values()], ["---"] * (len(head) + len(_WATCHED))]
+        cells = []
         for number, rows in enumerate(rounds):
             family = met[number]
             before = [name for name in dict.fromkeys(met[1:number]) if name != family]
@@ -86,9 +92,9 @@ def section(series: Sequence[Series]) -> list[str]:
             other = [accuracy(rows, [name]) for name in ("plain", "instructions")]
             seen = [f"{mean(row['probe']['sampled'][key] for row in rows.values()):.2f}" for key in _WATCHED]
             cells.append([str(number), family or "(the base model)", taken, *known, *other, *seen])
-        lines += [f"| {' | '.join(row)} |" for row in cells]
+        lines += table([*head, *_WATCHED.values()], cells)
         changed = ["{} {:+.2f} [{:+.2f}, {:+.2f}]".format(name, *change(rounds, name)) for name in _COLOURS]
-        lines += ["", f"Round {len(rounds) - 1} against the base model, paired by task: {', '.join(changed)}.", ""]
+        lines += [f"Round {len(rounds) - 1} against the base model, paired by task: {', '.join(changed)}.", ""]
     return lines
 
 
