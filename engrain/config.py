@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from agent.episode import SamplingParams
 from distill.config import DistillConfig
+from distill.errors import DistillConfigError
 from engrain.gate import ALPHA, MAX_LOOKS
 from envs.base import Split
 from memory.prompts import known_mode
@@ -85,8 +86,23 @@ class ImproveConfig(_Frozen):
 
     model: str
     world: WorldSpec
+    knowledge: str | None = Field(
+        None,
+        min_length=1,
+        description="a text file, such as a written system prompt, or a stored version, that is consolidated as it is: "
+        "nothing is played for it, extracted or chosen",
+    )
     seed: int = 0
     play: PlayConfig = PlayConfig()
     extract: ExtractConfig = ExtractConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     distill: DistillConfig = DistillConfig()
+
+    @model_validator(mode="after")
+    def _taught_by_itself(self) -> Self:
+        if self.distill.teacher is not None:
+            raise DistillConfigError(
+                f"distill.teacher {self.distill.teacher}: in a round the model teaches itself; leave it out, or let "
+                "another model teach with `engrain distill --teacher MODEL`"
+            )
+        return self

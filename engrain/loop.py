@@ -25,11 +25,12 @@ from engrain.consolidate import consolidate
 from engrain.evaluate import outcomes
 from engrain.gate import Gain, Verdict, paired_gain
 from engrain.judge import MOMENTS, Judged, Student, judge
+from engrain.named import find_knowledge
 from engrain.playing import Playing, load
 from engrain.redaction import redact
 from engrain.rounds import Listener, OodResult, RoundResult, RoundTasks
 from engrain.runs import begin_run, finish_run
-from engrain.weigh import Change, apply_changes, usable, weigh
+from engrain.weigh import Change, apply_changes, given, scored, usable, weigh
 from envs.base import Task
 from memory.curate import admit, is_instance_bound
 from memory.effect import Effect, closed, paired
@@ -105,15 +106,18 @@ class Round:
         self.parent = self._parent()
 
     def run(self) -> RoundResult:
-        """All six stages; ends early, and says why, where going on cannot pay."""
-        episodes = self.play()
-        self.extract(episodes)
-        items = self.curate()
-        if "select" not in self.state and not usable(items, self.config.extract, self.engine.tokenizer):
-            return self._finish(RoundStatus.STOPPED, "no usable experience was extracted, or none that fits the budget")
+        """All six stages, or with `config.knowledge` the last three; ends early, and says why, if nothing can pay."""
+        items: list[Item] = []
+        if self.config.knowledge is None:
+            self.extract(self.play())
+            items = self.curate()
+            if "select" not in self.state and not usable(items, self.config.extract, self.engine.tokenizer):
+                reason = "no usable experience was extracted, or none that fits the budget"
+                return self._finish(RoundStatus.STOPPED, reason)
         knowledge, gap = self.select(items)
         if not gap.positive:
-            reason = f"in context the best knowledge gains {gap} on validation tasks: training cannot pay"
+            best = "best" if self.config.knowledge is None else "given"
+            reason = f"in context the {best} knowledge gains {gap} on validation tasks: training cannot pay"
             return self._finish(RoundStatus.STOPPED, reason, knowledge=knowledge, gap=gap)
         checkpoint = self.consolidate(knowledge)
         return self.judge(knowledge, gap, checkpoint)
@@ -173,26 +177,32 @@ class Round:
 
     def select(self, items: Sequence[Item]) -> tuple[Knowledge, Gain]:
         """The text that helps most on validation tasks, and its gap to the bare model; what each item adds."""
-        tasks, settings = self.tasks.validation, self.config.extract
+        tasks, settings, named = self.tasks.validation, self.config.extract, self.config.knowledge
         if "select" not in self.state:
-            self._begin(
-                "select", f"up to {settings.candidates} candidates on {len(tasks)} validation tasks, in context"
-            )
+            texts = f"up to {settings.candidates} candidates" if named is None else f"knowledge {named}"
+            self._begin("select", f"{texts} on {len(tasks)} validation tasks, in context")
             load(self.player, self.parent)
             bare = self.playing.evaluate("validation/bare", tasks, self.parent)
             self.listener.note(f"bare {bare.accuracy:.2f}")
-            weighed = weigh(
-                items,
-                outcomes(bare),
-                settings,
-                seed=self.config.seed,
-                tokenizer=self.engine.tokenizer,
-                score=lambda k: outcomes(
-                    self.playing.evaluate("validation/in_context", tasks, self.parent, self._keep_knowledge(k))
-                ),
-                play=lambda k, places: self._some("validation/randomised", [tasks[p] for p in places], k, bare),
-                note=self.listener.note,
-            )
+
+            def score(text: Knowledge) -> list[bool]:
+                kept = self._keep_knowledge(text)
+                return outcomes(self.playing.evaluate("validation/in_context", tasks, self.parent, kept))
+
+            if named is not None:
+                weighed = given(find_knowledge(named, self.store), self.engine.tokenizer, score)
+                self.listener.note(scored(weighed.best))
+            else:
+                weighed = weigh(
+                    items,
+                    outcomes(bare),
+                    settings,
+                    seed=self.config.seed,
+                    tokenizer=self.engine.tokenizer,
+                    score=score,
+                    play=lambda k, places: self._some("validation/randomised", [tasks[p] for p in places], k, bare),
+                    note=self.listener.note,
+                )
             gap = paired_gain(outcomes(bare), weighed.best.outcomes)
             self.listener.note(f"gap {gap}")
             chosen = weighed.best.knowledge.id

@@ -6,8 +6,7 @@ judging may end early. Other worlds are counted with the turns of the one that i
 
 Memory of one device, bytes:
 
-- weights: 2 P (bfloat16). The teacher is the student with its adapter off, so there is no second copy; a second
-  teacher model is not counted.
+- weights: 2 P (bfloat16). The teacher is the student with its adapter off, so there is no second copy.
 - adapter: 16 for each of its L r sum(in + out) weights: float32 weight, gradient and two AdamW moments.
 - cache: 4 L K h a token (keys and values, bfloat16), for the tokens that are sampled side by side, and the teacher's
   prefix. A bound: places are taken as they fill.
@@ -19,7 +18,9 @@ student's forward and backward are twice that (weights are frozen: no gradient o
 checkpointing, and the teacher's forward once.
 
 Time on a device: work of training over `UTILISATION` of its peak; sampling is bound by reading the weights once for
-each step of a batch, over `UTILISATION` of its memory's rate, and never faster than its work.
+each step of a batch, over `UTILISATION` of its memory's rate, and never faster than its work. More devices share the
+training without loss. They do not share what is sampled: under `accelerate launch` every process samples a training
+step's whole batch, and the main one plays everything else. Servers or Ray share that, which is not estimated.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ class Memory(_Frozen):
 
 
 class Seconds(_Frozen):
-    """Time on one device of a kind, or on so many that share the work without loss."""
+    """Time on one device of a kind, or on so many that share the training; what is sampled they do not share."""
 
     device: str
     devices: int
@@ -118,10 +119,11 @@ def plan(config: ImproveConfig) -> Plan:
     shape, source = shape_of(config.model)
     if shape is None:
         unchecked.append(f"{config.model}: {source}; no memory and no time are estimated")
-    if config.distill.teacher:
-        unchecked.append(f"the teacher {config.distill.teacher} is not looked at")
     if config.extract.coach:
         unchecked.append("the coach is not asked")
+    if config.knowledge is not None:
+        counted = f"knowledge {config.knowledge} is not read; it counts with {config.extract.budget_tokens} tokens"
+        unchecked.append(f"{counted} (extract.budget_tokens)")
     longest = PROMPT + turns * config.distill.sampling.max_tokens + (turns - 1) * ANSWER
     taught = longest + config.extract.budget_tokens
     if shape is not None and taught > shape.context:
@@ -170,14 +172,16 @@ def _parts(config: ImproveConfig, turns: int) -> Iterator[Part]:
         read = PROMPT + context + (turns - 1) * ANSWER
         return Part(name=name, episodes=episodes, sampled=episodes * turns * most, read=episodes * read)
 
-    yield part("play", config.play.episodes, config.play.sampling.max_tokens)
-    reads = config.extract.episodes
-    played = PROMPT + turns * config.play.sampling.max_tokens
-    yield Part(name="extract", episodes=reads, sampled=reads * READING, read=reads * played)
+    found = config.knowledge is None
+    if found:
+        yield part("play", config.play.episodes, config.play.sampling.max_tokens)
+        reads = config.extract.episodes
+        played = PROMPT + turns * config.play.sampling.max_tokens
+        yield Part(name="extract", episodes=reads, sampled=reads * READING, read=reads * played)
     validation, most = settings.validation_tasks, settings.sampling.max_tokens
     yield part("select: bare", validation, most)
-    yield part("select: candidates", validation * config.extract.candidates, most, budget)
-    if config.extract.effects == "randomised":
+    yield part("select: in context", validation * (config.extract.candidates if found else 1), most, budget)
+    if found and config.extract.effects == "randomised":
         yield part("select: effects", 2 * validation, most, budget)
     yield part("train", distill.steps * distill.batch_size, distill.sampling.max_tokens)
     chosen = math.ceil(distill.steps / distill.save_every) + 1
@@ -228,7 +232,7 @@ def _seconds(
             yield Seconds(
                 device=device,
                 devices=devices,
-                sampling=sampling / devices,
+                sampling=sampling,
                 training=training / (UTILISATION * peak) / devices,
                 fits=memory.total < size,
             )

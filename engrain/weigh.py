@@ -15,7 +15,7 @@ from memory.contradiction import contradictions
 from memory.curate import candidates, ordered
 from memory.effect import Effect, holm
 from memory.records import CheckpointRecord, Item, ItemEffect, ItemStatus, Knowledge, RoundRecord
-from memory.render import compose
+from memory.render import compose, count_tokens
 from memory.select import Score, Settled, best_of, leave_one_out, measurable, randomised_inclusion, select, settle
 from memory.store import Store
 
@@ -120,6 +120,12 @@ def weigh(
     return Weighed(best, whole.knowledge.id, effects, tuple(_changes(best, effects, settle(conflicts, scores))))
 
 
+def given(knowledge: Knowledge, tokenizer: Any, score: Callable[[Knowledge], Sequence[bool]]) -> Weighed:
+    """A text that was written by hand or chosen before: there is nothing to choose, and no item is measured."""
+    counted = knowledge.model_copy(update={"tokens": count_tokens(knowledge.text, tokenizer)})
+    return Weighed(Score(counted, tuple(score(counted))), counted.id, {}, ())
+
+
 def _changes(best: Score, effects: Mapping[str, Effect], pairs: Sequence[Settled]) -> Iterator[Change]:
     """What the round's tests say of items, all of them together being wrong about a harmless one 5 times of 100."""
     held = {item.id for item in best.knowledge.items}
@@ -149,6 +155,6 @@ def apply_changes(store: Store, round_: RoundRecord, changes: Sequence[Any]) -> 
 
 def scored(score: Score) -> str:
     """One line about a scored text."""
-    texts = [item.text for item in score.knowledge.items]
+    texts = [item.text for item in score.knowledge.items] or [score.knowledge.text]
     more = f" (and {len(texts) - 1} more)" if len(texts) > 1 else ""
     return f"{score.accuracy:.2f} with {score.knowledge.tokens} tokens: {texts[0][:90]}{more}"

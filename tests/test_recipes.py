@@ -43,6 +43,11 @@ def test_a_recipe_resolves_and_is_planned(recipe: Path, tmp_path: Path, engrain_
     assert found["memory"]["weights"] == 2 * found["parameters"]
     assert {row["devices"] for row in found["seconds"]} == {1, 8}
     assert all(row["fits"] for row in found["seconds"])
+    one, eight = found["seconds"][:2]
+    assert eight["sampling"] == one["sampling"]  # each process samples the whole batch
+    assert eight["training"] == pytest.approx(one["training"] / 8)
+    parts = {part["name"] for part in found["parts"]}
+    assert ("extract" in parts) == (found["settings"]["knowledge"] is None)
     assert found["settings"]["distill"]["steps"] == 50
     assert found["settings"]["distill"]["batch_size"] == 128
     reads_a_file = "data" in found["settings"]["world"]["options"]
@@ -127,6 +132,8 @@ def test_more_steps_cost_more_and_checkpointing_trades_memory_for_work() -> None
 @pytest.mark.parametrize(
     ("text", "said"),
     [
+        ('model = "m"\nknowledge = ""\n[world]\nenv = "math"\n', "knowledge"),
+        ('model = "m"\n[world]\nenv = "math"\n[distill]\nteacher = "t"\n', "engrain distill --teacher"),
         ("model = ", "is not TOML"),
         ('model = "m"\n[world]\nenv = "nonesuch"\n', "unknown env"),
         (

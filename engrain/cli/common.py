@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from agent.errors import vllm_missing
 from agent.models.catalog import CATALOG
+from engrain.named import as_path
+from engrain.named import by_number as by_number
+from engrain.named import find_knowledge as find_knowledge
 from engrain.terminal import printable as printable
 from envs.errors import UsageError
 from memory.records import CheckpointRecord, Knowledge
@@ -210,40 +213,13 @@ def _open_servers(model: str, urls: Sequence[str], trainable: bool) -> Iterator[
         sampler.close()
 
 
-def find_knowledge(given: str, store: Store) -> Knowledge:
-    """A stored knowledge version (`3`, or its id), or the text of a file.
-
-    Raises:
-        UsageError: it is neither.
-    """
-    path = _path(given) if given else None
-    if path is not None and path.is_dir():
-        raise UsageError(f"knowledge {given} is a folder; name a text file, or a version in the store")
-    if path is not None and path.is_file():
-        try:
-            text = path.read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"knowledge file {given} cannot be read: {error}") from error
-        if not text:
-            raise UsageError(f"knowledge file {given} is empty; write the text that shall stand in the system message")
-        from memory.records import digest
-
-        return Knowledge(id=digest(text), items=(), text=text, tokens=0)
-    return store.knowledge(by_number(store.knowledge_versions(), "version", given) or store.full_id("knowledge", given))
-
-
-def by_number(records: Iterable[Any], field: str, given: str) -> str | None:
-    """The id of the record whose number is written in `given`; a number wins over an id that begins with its digits."""
-    return next((str(record.id) for record in records if str(getattr(record, field)) == given), None)
-
-
 def find_checkpoint(given: str, store: Store, model: str | None = None) -> CheckpointRecord:
     """A stored checkpoint by its id, or by the beginning of one; or a checkpoint folder.
 
     Raises:
         UsageError: there is none, or it is not of `model`.
     """
-    folder = _path(given) if given else None
+    folder = as_path(given) if given else None
     if folder is None or not folder.is_dir():
         found = store.checkpoint(store.full_id("checkpoint", given))
     else:
@@ -307,7 +283,7 @@ def fingerprint(model: str) -> str:
 
     Another folder under the same relative name, or one that was trained further, is another model.
     """
-    folder = _path(model)
+    folder = as_path(model)
     if model in CATALOG or folder is None or not folder.is_dir():
         return model
     files = [(file.name, file.stat()) for file in sorted(folder.iterdir()) if file.is_file()]
@@ -318,15 +294,5 @@ def _same_model(name: str, other: str) -> bool:
     """Whether two names mean one model: the same, or two ways to write one folder."""
     if name == other or name in CATALOG or other in CATALOG:
         return name == other
-    one, two = _path(name), _path(other)
+    one, two = as_path(name), as_path(other)
     return one is not None and two is not None and one.is_dir() and two.is_dir() and one.samefile(two)
-
-
-def _path(given: str) -> Path | None:
-    """A path that may be asked whether it exists; None for what cannot be one, such as a name that is too long."""
-    try:
-        path = Path(given).expanduser()
-        path.exists()
-    except (OSError, RuntimeError):
-        return None
-    return path

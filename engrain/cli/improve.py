@@ -27,6 +27,7 @@ from engrain.cli.common import (
     StoreOption,
     SyncOption,
     check_engines,
+    find_knowledge,
     open_engine,
     open_players,
     open_sampler,
@@ -54,6 +55,14 @@ def command(
     ] = False,
     config: Annotated[
         Path | None, typer.Option("--config", help="JSON or TOML file with all settings of the round.")
+    ] = None,
+    knowledge: Annotated[
+        str | None,
+        typer.Option(
+            "--knowledge",
+            "-k",
+            help="Knowledge version, its id, or a text file to distil as it is; nothing is extracted.",
+        ),
     ] = None,
     extraction: Annotated[
         str | None, typer.Option(help="How episodes are read: examples, paper or contrastive.")
@@ -142,6 +151,8 @@ def command(
             "(engrain checkpoints prune removes checkpoints by hand)"
         )
     check_engines(engine, base_url, ray=ray, sync_every=sync_every)
+    if knowledge is not None and (extraction is not None or coach is not None):
+        raise UsageError("--knowledge is distilled as it is, nothing is extracted: leave out --extraction and --coach")
     if forever and out is not None:
         raise UsageError("--out is one round's folder: leave it out with --forever, every round has its own")
     if config is not None:
@@ -166,13 +177,17 @@ def command(
     for name, count in (("validation_tasks", validation_tasks), ("test_tasks", test_tasks), ("looks", looks)):
         if count is not None:
             settings["evaluation"][name] = count
+    if knowledge is not None:
+        settings["knowledge"] = knowledge
     chosen = ImproveConfig.model_validate(settings)
+    if forever and chosen.knowledge is not None:
+        raise UsageError(f"--forever finds its own knowledge: leave it out, or leave out knowledge {chosen.knowledge}")
     if dry_run:
         show_plan(chosen, as_json=as_json)
         return
     RoundTasks.draw(chosen)  # before a round is opened or a model is loaded
     writable_folder(out or runs_dir(), "--out" if out else "ENGRAIN_HOME")
-    if joined(chosen.model, chosen.distill.teacher, track):
+    if joined(chosen.model, track=track):
         return
     if chosen.extract.coach:
         check_coach(chosen.extract.coach, resolve_with_bar)
@@ -187,6 +202,8 @@ def command(
 
     with ExitStack() as stack:
         memory = stack.enter_context(open_store(store))
+        if chosen.knowledge is not None and not memory.unfinished_round(chosen.model):
+            find_knowledge(chosen.knowledge, memory)  # before a model is loaded
         lease = stack.enter_context(LoopLease(memory, chosen.model))
         checks.append(lease.check)
         told = stack.enter_context(
@@ -280,7 +297,8 @@ def _print(console: Console, result: Any, view: Any, facts: dict[str, Any], conf
     if result.evaluations:
         console.print(view)
     if result.knowledge is not None:
-        console.print("\n[bold]Knowledge, as the model wrote it and validation chose it[/]")
+        whose = "as the model wrote it and validation chose it" if config.knowledge is None else "as it was given"
+        console.print(f"\n[bold]Knowledge, {whose}[/]")
         console.print(printable(result.knowledge.text), markup=False)
     if facts["recovery"] is not None:
         console.print(f"\nrecovery of the in-context gap: [bold]{facts['recovery']:.0%}[/]")

@@ -392,6 +392,36 @@ def test_without_a_gap_nothing_is_trained(run, tmp_path, monkeypatch) -> None:
     assert not (tmp_path / "flat").exists()
 
 
+def test_a_given_text_is_distilled_and_judged_without_play_or_extraction(run, tmp_path) -> None:
+    text = render_knowledge([ITEM])
+    (tmp_path / "prompt.txt").write_text(text + "\n")
+    listener = Recorder()
+
+    result, _ = run("given", listener, knowledge=str(tmp_path / "prompt.txt"))
+
+    assert listener.stages == ["select", "consolidate", "judge"]
+    assert result.status == "finished"
+    assert (result.knowledge.text, result.knowledge.items) == (text, ())
+    assert result.knowledge.tokens > 0
+    assert result.gap.difference == 1.0  # the world's answers are those that the model gives with this very text
+    assert set(result.evaluations) == {"bare", "in_context", "distilled"}
+    with Store.open(str(tmp_path / "given.db")) as store:
+        assert store.items() == []
+        [version] = store.knowledge_versions()
+    result, _ = run("given", Recorder(), knowledge=version.id, seed=1)  # again, as a stored version
+    assert result.knowledge.id == version.id
+
+
+def test_a_round_of_a_given_text_goes_on_with_it_though_the_file_is_gone(run, tmp_path) -> None:
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text(render_knowledge([ITEM]))
+    with pytest.raises(Killed):
+        run("cut", Recorder(kill=("step", 1)), knowledge=str(prompt))
+    prompt.unlink()
+    result, _ = run("cut", Recorder(), knowledge=str(prompt))
+    assert result.status == "finished"
+
+
 def test_a_gate_of_ones_own_has_the_last_word(run, tmp_path) -> None:
     def never(judged: Judged) -> Verdict:
         assert [len(judged.test[student]) for student in Student] == [16] * 3
