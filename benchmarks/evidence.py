@@ -1,6 +1,6 @@
 """Does it learn, on more than one world? Every way to use a knowledge text, on the same budget, three seeds, paired.
 
-    python benchmarks/evidence.py --world sums [--seeds 3 4 5] [--arms opcd-forward_kl ...] [--force] [--retry]
+    python benchmarks/evidence.py --world sums [--seeds 3] [--arms opcd-forward_kl ...] [--force] [--retry]
     python benchmarks/evidence.py --page        # tables and plots of all runs that are there
     python benchmarks/evidence.py --world sokoban --model Qwen/Qwen2.5-1.5B-Instruct --coach Qwen/Qwen2.5-3B-Instruct
 
@@ -8,9 +8,10 @@ The knowledge of a world and seed is what the model itself extracts from twelve 
 `helpdesk`), filtered by validation as in a round, or not. If its gap to the bare model is not there on validation
 tasks, the loop would train nothing; then no method is trained either, unless `--force` is given, and the run says so.
 The larger model's own gap counts where it teaches. Every method gets the same number of training episodes of the same
-longest length; what it sampled is counted. Its checkpoint is chosen on 32 validation tasks. Settings are the demo's,
-which were chosen on validation tasks of `sums` for OPCD with forward KL; no other method was tuned. Math tasks of seeds
-0 to 2 were looked at while Engrain was built, so math worlds are asked with seeds 3 to 5.
+longest length; what it sampled is counted, and one arm stops OPCD where off-policy's tokens are spent. Each checkpoint
+is chosen on 32 validation tasks. Settings are the demo's, which were chosen on validation tasks of `sums` for OPCD with
+forward KL; no other method was tuned. Math tasks of seeds 0 to 2 were looked at while Engrain was built, so math worlds
+are asked with seeds 3 to 5.
 
 Measured without training tasks, and paired by task: 128 test tasks; 48 plain problems of other kinds and a hundred
 checkable instructions (`instructions.py`), replies cut at 32 tokens, which nobody trained on; and 32 episodes at
@@ -70,8 +71,11 @@ TRACES = 1024
 class Bench:
     """One world and seed: its tasks, its texts, and how students are measured."""
 
-    def __init__(self, world: str, seed: int, model: str, coach: str, work: Path, listener: ConsoleListener) -> None:
-        self.world, self.seed, self.work, self.listener = world, seed, work / world, listener
+    def __init__(
+        self, world: str, seed: int, model: str, coach: str, out: Path, work: Path, listener: ConsoleListener
+    ) -> None:
+        self.world, self.seed, self.listener = world, seed, listener
+        self.out, self.work = out / world, work / world
         self.model, self.coach = model, coach
         self.config: ImproveConfig = settings_of(world, seed, model)
 
@@ -200,8 +204,28 @@ class Bench:
             if not positive and not (force or placebo):
                 return row | {"refused": "the gap is not there on validation tasks: the loop trains nothing"}
             row["forced"] = not positive
+            if arm.tokens_of is not None:
+                config = config.model_copy(update={"steps": self._affordable(*arm.tokens_of)})
             row |= self._train(config, known["text"], self.folder(name), teacher)
         return row | self.measure(None) | spent(started)
+
+    def _affordable(self, payer: str, spender: str) -> int:
+        """Steps of one arm that sample as many tokens, on average, as another did; to the nearest step.
+
+        Raises:
+            UsageError: one of them has not been trained on this world and seed.
+        """
+        paid, asked = (self.made(name) or {} for name in (payer, spender))
+        if "steps" not in paid or "steps" not in asked:
+            raise UsageError(
+                f"{self.world}, seed {self.seed}: its steps follow from {payer} and {spender}; run them first"
+            )
+        return max(1, round(asked["steps"] * paid["sampled_tokens"] / asked["sampled_tokens"]))
+
+    def made(self, name: str) -> dict[str, Any] | None:
+        """The run of an arm, if it was made."""
+        path = self.out / f"{name}-{self.seed}.json"
+        return json.loads(path.read_text()) if path.exists() else None
 
     def folder(self, name: str) -> Path:
         """Where an arm is trained; it stays until the run is written."""
@@ -270,7 +294,8 @@ def spent(started: float) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--world", choices=WORLDS, nargs="*", default=[])
-    parser.add_argument("--seeds", type=int, nargs="+", help="default: the world's three")
+    parser.add_argument("--seeds", type=int, default=3, choices=(1, 2, 3), help="how many of the world's three seeds")
+    parser.add_argument("--seed", type=int, nargs="+", help="these seeds instead")
     parser.add_argument("--arms", nargs="+", choices=ARMS, metavar="ARM", help="default: those planned for the world")
     parser.add_argument("--model", default=MODEL, help="who plays and learns")
     parser.add_argument("--coach", default=COACH, help="the larger model of the arms that have one")
@@ -286,25 +311,25 @@ def main() -> None:
         parser.error("give --world, or --page")
     with ConsoleListener(Console(stderr=True)) as listener:
         for world in given.world:
-            for seed in given.seeds or WORLDS[world].seeds:
-                bench = Bench(world, seed, given.model, given.coach, work, listener)
-                run_all(bench, given.arms or planned(world), out, force=given.force, retry=given.retry)
+            for seed in given.seed or WORLDS[world].seeds[: given.seeds]:
+                bench = Bench(world, seed, given.model, given.coach, out, work, listener)
+                run_all(bench, given.arms or planned(world), force=given.force, retry=given.retry)
     print(json.dumps(build(out)))
 
 
-def run_all(bench: Bench, arms: Sequence[str], out: Path, *, force: bool, retry: bool) -> None:
+def run_all(bench: Bench, arms: Sequence[str], *, force: bool, retry: bool) -> None:
     """All arms of a world and seed that have not been run."""
     world, seed = bench.world, bench.seed
 
     def done(name: str) -> bool:
-        path = out / world / f"{name}-{seed}.json"
-        return path.exists() and not (retry and "test" not in json.loads(path.read_text()))
+        row = bench.made(name)
+        return row is not None and not (retry and "test" not in row)
 
     missing = [name for name in arms_of(world) if name in arms and not done(name)]
     if not missing:
         return
     bench.work.mkdir(parents=True, exist_ok=True)
-    (out / world).mkdir(parents=True, exist_ok=True)
+    bench.out.mkdir(parents=True, exist_ok=True)
     for name in missing:
         bench.listener.stage("evidence", f"{world}, seed {seed}: {ARMS[name].title}")
         row: dict[str, Any] = {"world": world, "arm": name, "seed": seed, "model": bench.model}
@@ -313,7 +338,7 @@ def run_all(bench: Bench, arms: Sequence[str], out: Path, *, force: bool, retry:
         except EngrainError as error:
             row["error"] = str(error)
         row |= {"machine": where(), "commit": commit()}
-        write(out / world / f"{name}-{seed}.json", row)
+        write(bench.out / f"{name}-{seed}.json", row)
         if "steps" in row:
             shutil.rmtree(bench.folder(name))
         rate = sum(map(int, row["test"])) / len(row["test"]) if "test" in row else None

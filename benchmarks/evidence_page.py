@@ -1,6 +1,7 @@
 """The page of the evidence: tables and a plot of every run that `evidence.py` left, and what a person reads in them.
 
-What the intervals are is in `clustered.py`. What is written by hand stands in `reading.md` beside the runs.
+What the intervals are is in `clustered.py`. What is written by hand stands in `reading.md` and, of runs that have no
+file, in `other.md` beside the runs.
 """
 
 from __future__ import annotations
@@ -214,7 +215,18 @@ Brackets are 95% intervals over all seeds' tasks, and speak of these trained che
 seed show how far another training may lie from them. Messages from one template of `helpdesk`, and one instruction
 asked for every seed, count for what they are worth together (`benchmarks/clustered.py`). Intervals are not corrected
 for the number of comparisons. Settings are the demo's, chosen for OPCD with forward KL on sums; nothing was tuned for
-the other methods. All trained students had 12 steps of 16 episodes."""
+the other methods.
+
+All students were trained for 12 steps of 16 episodes, or until the guard stopped them: as many episodes for every
+method, not as many tokens. `tokens sampled` counts those, and one student of OPCD has only the steps that off-policy's
+tokens pay for. Of checkpoints that are equal on validation the earliest is measured, so a student that never had a
+validation task right is that of step 4, in every column.
+
+Replies to the two other sets are cut at 32 tokens: `math/ood`, plain problems of the families that the world does not
+have, whose answer counts in any form, and `instructions/test`, a hundred instructions that code checks. A student is
+not asked the other worlds' conventions: the bare model has 0.00 on each, so nothing can be lost there; the rounds in a
+row below ask for all of them. Cooking has no placebos and no larger model, because to measure one student takes a core
+20 minutes. An objective `auto` is none of Engrain's: [what was measured of it](../numbers.md#objectives)."""
 
 
 def build(folder: Path) -> dict[str, Any]:
@@ -230,11 +242,11 @@ def build(folder: Path) -> dict[str, Any]:
         for world, arms in runs.items()
     }
     faults = sum("error" in row for arms in runs.values() for rows in arms.values() for row in rows.values())
-    page, reading, rounds = folder.with_suffix(".md"), folder / "reading.md", folder.with_name("rounds.json")
+    page, rounds = folder.with_suffix(".md"), folder.with_name("rounds.json")
     if everything:
         made = f"Made by `python benchmarks/evidence.py`; each run is a JSON file in `{folder.name}/`."
         lines = ["# Evidence", "", made, ""]
-        lines += [reading.read_text(encoding="utf-8"), ""] if reading.exists() else []
+        lines += by_hand(folder / "reading.md")
         count = f"{len(done)} of {len(wanted)} planned runs have been made: "
         count += f"{sum('test' in row for row in done)} measured, "
         count += f"{sum('refused' in row for row in done)} refused by the gap test, {faults} failed"
@@ -248,6 +260,7 @@ def build(folder: Path) -> dict[str, Any]:
         lines += rounds_in_a_row(json.loads(rounds.read_text(encoding="utf-8"))["series"]) if rounds.exists() else []
         for world, arms in pilots.items():
             lines += section(f"{_TITLES[world]}: other seeds", arms)
+        lines += by_hand(folder / "other.md")
         page.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
     both = [
         (arms[_OURS][seed], arms[_PEER][seed])
@@ -273,6 +286,11 @@ def build(folder: Path) -> dict[str, Any]:
         },
         "runs": sum(len(rows) for arms in everything.values() for rows in arms.values()),
     }
+
+
+def by_hand(path: Path) -> list[str]:
+    """What a person wrote for the page."""
+    return [path.read_text(encoding="utf-8"), ""] if path.exists() else []
 
 
 def parted(runs: Runs) -> tuple[Runs, Runs]:

@@ -143,6 +143,7 @@ class Arm:
     in_context: bool = False  # whether the text stands in the context when it is measured
     distill: Mapping[str, Any] | None = None
     extra: bool = False  # run only when it is named: `recovery.py` has measured it with three seeds
+    tokens_of: tuple[str, str] | None = None  # trained for the steps that the first arm's tokens pay for in the second
 
 
 def _opcd(objective: str, **more: Any) -> Mapping[str, Any]:
@@ -159,6 +160,11 @@ ARMS: dict[str, Arm] = {
     "opcd-forward_kl": Arm("OPCD, forward KL", distill=_opcd("forward_kl")),
     "opcd-crossing": Arm("OPCD, forward KL first, reverse KL once they overlap", distill=_opcd("crossing"), extra=True),
     "off_policy": Arm("off-policy context distillation", distill={"method": "off_policy", "objective": "forward_kl"}),
+    "opcd-tokens": Arm(
+        "OPCD, forward KL, stopped at off-policy's tokens",
+        distill=_opcd("forward_kl"),
+        tokens_of=("off_policy", "opcd-forward_kl"),
+    ),
     "sft": Arm("SFT on the teacher's replies", distill={"method": "sft", "objective": "cross_entropy"}),
     "opcd-reverse_kl": Arm("OPCD, reverse KL (the paper's)", distill=_opcd("reverse_kl")),
     "opcd-jsd": Arm("OPCD, JSD 0.5", distill=_opcd("jsd")),

@@ -23,11 +23,14 @@ _COLOURS = {
     "instructions": "#3a7d44",
 }
 _ABOUT = """\
-Six rounds, each from twelve played tasks of one family to a text to OPCD with forward KL for 8 steps; a round goes on
-from the weights of the last. After each, the same questions: 48 test tasks of each of four families, 48 plain problems
-whose answer counts in any form, a hundred instructions, 40 replies at temperature 1. `python benchmarks/rounds.py
---ungated` makes them without the gate, `python benchmarks/rounds.py` with it; `--json` writes
-[`rounds.json`](rounds.json)."""
+Six rounds, each from twelve played tasks of one family to a text and, where the text helps on validation tasks, to OPCD
+with forward KL for 8 steps; a round goes on from the weights of the last. One that finds no text that helps trains
+nothing, and its row is of the same weights as the row above. After each, the same questions: 48 test tasks of each of
+four families, 48 plain problems whose answer counts in any form, a hundred instructions, 40 replies at temperature 1.
+`python benchmarks/rounds.py --ungated` makes them without the gate, `python benchmarks/rounds.py` with it; `--json`
+writes [`rounds.json`](rounds.json), `--png` the picture.
+
+![Accuracy and the collapse monitor after every round](rounds.png)"""
 
 
 def pooled(rows: Mapping[int, Row], worlds: Sequence[str]) -> tuple[list[bool], list[Any]]:

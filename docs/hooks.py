@@ -191,7 +191,7 @@ COMMANDS_OF = {
     "recovery_chains": "python benchmarks/recovery.py --world chains --methods opcd:forward_kl opcd:crossing",
     "recovery_products": "python benchmarks/recovery.py --world products --methods opcd:forward_kl opcd:crossing",
     "rollout": "python benchmarks/rollout.py",
-    "rounds": "python benchmarks/rounds.py",
+    "rounds": "python benchmarks/rounds.py --ungated --json docs/results/rounds.json --png docs/results/rounds.png",
     "sampling": "python benchmarks/sampling.py --models smollm2-135m --repeats 3",
     "scaling": "python benchmarks/scaling.py",
     "store": "python benchmarks/store.py",

@@ -29,7 +29,17 @@ def bench() -> Any:
         import evidence_worlds
 
         yield evidence_worlds
-    for name in ("evidence_worlds", "evidence_page", "instructions", "helpdesk", "clustered", "rounds_page"):
+    names = (
+        "evidence",
+        "rounds",
+        "measure",
+        "evidence_worlds",
+        "evidence_page",
+        "instructions",
+        "helpdesk",
+        "clustered",
+    )
+    for name in (*names, "rounds_page"):
         sys.modules.pop(name, None)
 
 
@@ -122,6 +132,20 @@ def test_every_arm_has_valid_settings_on_every_world(bench: Any) -> None:
     assert "opcd-unfiltered" not in bench.arms_of("helpdesk")
 
 
+def test_one_arm_has_the_steps_that_off_policys_tokens_pay_for(bench: Any, tmp_path: Path) -> None:
+    import evidence
+
+    made = evidence.Bench("sums", 3, "model", "coach", tmp_path, tmp_path, None)
+    arms = bench.ARMS["opcd-tokens"].tokens_of
+    with pytest.raises(UsageError, match="sums, seed 3: run off_policy and opcd-forward_kl first"):
+        made._affordable(*arms)
+    (tmp_path / "sums").mkdir()
+    for name, tokens in (("off_policy", 520), ("opcd-forward_kl", 1051)):
+        row = {"steps": 12, "sampled_tokens": tokens}
+        (tmp_path / "sums" / f"{name}-3.json").write_text(json.dumps(row))
+    assert made._affordable(*arms) == 6
+
+
 def test_every_world_has_its_tasks(bench: Any) -> None:
     from engrain.rounds import RoundTasks
 
@@ -136,7 +160,7 @@ def test_another_model_runs_through_and_its_runs_are_kept(tiny_folder: Path, tmp
     """Of random weights, so nothing is learned; a placebo is trained by force, and what has no gap is refused."""
     out = tmp_path / "evidence"
     done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / "evidence.py"), "--world", "helpdesk", "--seeds", "0",
+        [sys.executable, str(ROOT / "benchmarks" / "evidence.py"), "--world", "helpdesk", "--seed", "0",
          "--model", str(tiny_folder), "--arms", "bare", "opcd-forward_kl", "opcd-wrong",
          "--out", str(out), "--work", str(tmp_path / "work")],
         env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
@@ -228,7 +252,7 @@ def test_the_page_tells_of_every_run_also_of_those_that_failed(bench: Any, tmp_p
     assert (found["ours"], found["peer"], found["ratio"], found["met"], found["runs"]) == (0.75, 0.5, 1.5, False, 13)
     page = (tmp_path / "evidence.md").read_text()
     assert "What is to be seen." in page
-    assert "12 of 174 planned runs have been made: 8 measured, 3 refused by the gap test, 1 failed." in page
+    assert "12 of 186 planned runs have been made: 8 measured, 3 refused by the gap test, 1 failed." in page
     assert "- seed 3, no space left: SFT on the teacher's replies\n" in page
     assert "- seed 3, no gap: OPCD, JSD 0.5; OPCD by force, wrong placebo\n" in page
     assert "Nothing was measured yet.\n\n- seed 0, no gap: SFT" in page.split("## TextWorld cooking")[1]
