@@ -29,18 +29,8 @@ def bench() -> Any:
         import evidence_worlds
 
         yield evidence_worlds
-    names = (
-        "evidence",
-        "rounds",
-        "measure",
-        "evidence_worlds",
-        "evidence_page",
-        "instructions",
-        "helpdesk",
-        "clustered",
-    )
-    for name in (*names, "rounds_page"):
-        sys.modules.pop(name, None)
+    for path in (ROOT / "benchmarks").glob("*.py"):
+        sys.modules.pop(path.stem, None)
 
 
 #: For each kind of instruction, by a word of its prompt's beginning: a reply that obeys, and one that does not.
@@ -137,7 +127,7 @@ def test_one_arm_has_the_steps_that_off_policys_tokens_pay_for(bench: Any, tmp_p
 
     made = evidence.Bench("sums", 3, "model", "coach", tmp_path, tmp_path, None)
     arms = bench.ARMS["opcd-tokens"].tokens_of
-    with pytest.raises(UsageError, match="sums, seed 3: run off_policy and opcd-forward_kl first"):
+    with pytest.raises(UsageError, match="sums, seed 3: its steps follow from off_policy"):
         made._affordable(*arms)
     (tmp_path / "sums").mkdir()
     for name, tokens in (("off_policy", 520), ("opcd-forward_kl", 1051)):
