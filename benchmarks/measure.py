@@ -95,10 +95,17 @@ def _status(field: str) -> int:
 
 
 def where() -> dict[str, Any]:
-    """The machine and the libraries of a measurement."""
+    """The machine and the libraries of a measurement; `dtype` is what an engine computes in here by itself."""
     import torch
 
+    from agent.engines.transformers import pick_device, pick_dtype
     from distill.checkpoint import versions
     from engrain.report import machine
 
-    return {**machine(), "threads": torch.get_num_threads(), "system": platform.system(), "versions": versions()}
+    return {
+        **machine(),
+        "dtype": str(pick_dtype("auto", pick_device())).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "system": platform.system(),
+        "versions": versions(),
+    }

@@ -234,6 +234,7 @@ class ReportPage(_Frozen):
     measured: tuple[Measured, ...] = ()
     others: tuple[OtherWorld, ...] = ()
     ood_margin: float | None = None
+    given: bool = False  # the knowledge, as a text or a stored version: nothing was played for it
     extracted: int | None = None  # items that were written, before duplicates were merged
     malformed: int | None = None
     refused: int = 0  # lines that admission turned away

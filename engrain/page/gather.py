@@ -79,6 +79,7 @@ def gather(store: Store, record: RoundRecord) -> ReportPage:
         ood_margin=verdict.ood_margin if verdict else None,
         measured=_measured(evaluations),
         others=_others(evaluations, verdict),
+        given=config.get("knowledge") is not None,
         extracted=state.get("extract", {}).get("items"),
         malformed=state.get("extract", {}).get("malformed"),
         refused=_refused(store, record),

@@ -47,7 +47,7 @@ def _story(page: ReportPage) -> Iterator[str]:
         yield f"It played {counted(played.episodes, 'episode')} of {page.world}{how} without any knowledge."
     if page.extracted is not None:
         yield _extraction(page)
-    elif page.outcome is Outcome.UNFINISHED:
+    elif page.outcome is Outcome.UNFINISHED and not page.given:
         yield "Nothing has been extracted yet."
     if page.knowledge is not None and page.gap is not None:
         text = page.knowledge
@@ -56,9 +56,10 @@ def _story(page: ReportPage) -> Iterator[str]:
             if page.gap.positive
             else " That interval does not exclude zero, so training could not be expected to pay."
         )
+        size = f"{counted(text.lines, 'line')} and {text.tokens} tokens"
+        chosen = f"Of {counted(len(page.candidates), 'candidate text')}, validation tasks chose one of {size}"
         yield (
-            f"Of {counted(len(page.candidates), 'candidate text')}, validation tasks chose one of "
-            f"{counted(text.lines, 'line')} and {text.tokens} tokens: with it in the context accuracy on "
+            f"{f'It was given a text of {size}' if page.given else chosen}: with it in the context accuracy on "
             f"{page.gap.n} validation tasks changes by {gained(page.gap)}.{sure}"
         )
     if page.training is not None:

@@ -48,8 +48,10 @@ class Progress:
 
     @property
     def stages(self) -> list[tuple[str, str, str]]:
-        """Name, words, and `done`, `now` or `next`."""
+        """Name, words, and `done`, `now` or `next`; a round whose text was given begins at select."""
         names = list(STAGES)
+        if self.round.config.get("knowledge") is not None:
+            names = names[names.index("select") :]
         at = names.index(self.round.stage) if self.round.stage in names else -1
         return [
             (name, STAGES[name], "now" if place == at else "done" if place < at else "next")

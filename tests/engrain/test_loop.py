@@ -24,8 +24,11 @@ from engrain.errors import RoundConflictError
 from engrain.gate import Verdict
 from engrain.judge import Judged, Student
 from engrain.loop import STAGES, Round
+from engrain.page.gather import gather
+from engrain.page.html import render
 from engrain.report import summary, table, write
 from engrain.rounds import open_round
+from engrain.ui.progress import Progress
 from envs import registry
 from envs.base import Env, Observation, Split, Step, Task, World
 from memory.extract import Extractor
@@ -408,6 +411,9 @@ def test_a_given_text_is_distilled_and_judged_without_play_or_extraction(run, tm
     with Store.open(str(tmp_path / "given.db")) as store:
         assert store.items() == []
         [version] = store.knowledge_versions()
+        page = render(gather(store, store.round(result.round.id)))
+    assert "It was given a text of " in page
+    assert "as it was given:" in page
     result, _ = run("given", Recorder(), knowledge=version.id, seed=1)  # again, as a stored version
     assert result.knowledge.id == version.id
 
@@ -417,6 +423,11 @@ def test_a_round_of_a_given_text_goes_on_with_it_though_the_file_is_gone(run, tm
     prompt.write_text(render_knowledge([ITEM]))
     with pytest.raises(Killed):
         run("cut", Recorder(kill=("step", 1)), knowledge=str(prompt))
+    with Store.open(str(tmp_path / "cut.db")) as store:
+        progress = Progress.of(store)
+        assert [(name, state) for name, _, state in progress.stages] == [
+            ("select", "done"), ("consolidate", "now"), ("judge", "next"),
+        ]  # fmt: skip
     prompt.unlink()
     result, _ = run("cut", Recorder(), knowledge=str(prompt))
     assert result.status == "finished"
