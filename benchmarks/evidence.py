@@ -205,22 +205,21 @@ class Bench:
                 return row | {"refused": "the gap is not there on validation tasks: the loop trains nothing"}
             row["forced"] = not positive
             if arm.tokens_of is not None:
-                config = config.model_copy(update={"steps": self._affordable(*arm.tokens_of)})
+                guard = config.guard.model_copy(update={"max_sampled_tokens": self._tokens_of(arm.tokens_of)})
+                config = config.model_copy(update={"guard": guard})
             row |= self._train(config, known["text"], self.folder(name), teacher)
         return row | self.measure(None) | spent(started)
 
-    def _affordable(self, payer: str, spender: str) -> int:
-        """Steps of one arm that sample as many tokens, on average, as another did; to the nearest step.
+    def _tokens_of(self, name: str) -> int:
+        """What another arm sampled.
 
         Raises:
-            UsageError: one of them has not been trained on this world and seed.
+            UsageError: it has not been trained on this world and seed.
         """
-        paid, asked = (self.made(name) or {} for name in (payer, spender))
-        if "steps" not in paid or "steps" not in asked:
-            raise UsageError(
-                f"{self.world}, seed {self.seed}: its steps follow from {payer} and {spender}; run them first"
-            )
-        return max(1, round(asked["steps"] * paid["sampled_tokens"] / asked["sampled_tokens"]))
+        row = self.made(name) or {}
+        if "sampled_tokens" not in row:
+            raise UsageError(f"{self.world}, seed {self.seed}: {name} says how many tokens to sample; run it first")
+        return int(row["sampled_tokens"])
 
     def made(self, name: str) -> dict[str, Any] | None:
         """The run of an arm, if it was made."""

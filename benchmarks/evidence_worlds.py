@@ -143,7 +143,7 @@ class Arm:
     in_context: bool = False  # whether the text stands in the context when it is measured
     distill: Mapping[str, Any] | None = None
     extra: bool = False  # run only when it is named: `recovery.py` has measured it with three seeds
-    tokens_of: tuple[str, str] | None = None  # trained for the steps that the first arm's tokens pay for in the second
+    tokens_of: str | None = None  # ends with the step in which it has sampled as many tokens as that arm
 
 
 def _opcd(objective: str, **more: Any) -> Mapping[str, Any]:
@@ -163,7 +163,7 @@ ARMS: dict[str, Arm] = {
     "opcd-tokens": Arm(
         "OPCD, forward KL, stopped at off-policy's tokens",
         distill=_opcd("forward_kl"),
-        tokens_of=("off_policy", "opcd-forward_kl"),
+        tokens_of="off_policy",
     ),
     "sft": Arm("SFT on the teacher's replies", distill={"method": "sft", "objective": "cross_entropy"}),
     "opcd-reverse_kl": Arm("OPCD, reverse KL (the paper's)", distill=_opcd("reverse_kl")),

@@ -90,7 +90,7 @@ _WATCHED = ("student_entropy", "response_tokens", "distinct_2")
 
 
 class GuardConfig(BaseModel):
-    """When to stop. None turns a check off."""
+    """When to stop. None turns a check off. A run that was stopped still has its best checkpoint."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -103,6 +103,9 @@ class GuardConfig(BaseModel):
     max_length_ratio: float | None = Field(4.0, description="of the reference response length")
     min_distinct_ratio: float | None = Field(0.2, description="of the reference distinct-2")
     rising_steps: int | None = Field(20, description="stop when the divergence rose this many steps in a row")
+    max_sampled_tokens: int | None = Field(
+        None, ge=1, description="a budget: stop after the step in which so many were sampled in all"
+    )
 
 
 class Guard:
@@ -119,6 +122,10 @@ class Guard:
             if not math.isfinite(getattr(metrics, name)):
                 return f"{name} is {getattr(metrics, name)} at step {metrics.step}"
         config, first = self.config, self._seen[: self.config.warmup_steps]
+        if config.max_sampled_tokens is not None:
+            spent = round(sum(m.response_tokens * m.sequences for m in self._seen))
+            if spent >= config.max_sampled_tokens:
+                return f"{spent} tokens were sampled by step {metrics.step}, the budget is {config.max_sampled_tokens}"
         if config.rising_steps and len(self._seen) > config.rising_steps:
             tail = self._seen[-config.rising_steps - 1 :]
             if all(a.divergence < b.divergence for a, b in pairwise(tail)):

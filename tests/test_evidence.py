@@ -122,18 +122,16 @@ def test_every_arm_has_valid_settings_on_every_world(bench: Any) -> None:
     assert "opcd-unfiltered" not in bench.arms_of("helpdesk")
 
 
-def test_one_arm_has_the_steps_that_off_policys_tokens_pay_for(bench: Any, tmp_path: Path) -> None:
+def test_one_arm_samples_as_many_tokens_as_off_policy_did(bench: Any, tmp_path: Path) -> None:
     import evidence
 
     made = evidence.Bench("sums", 3, "model", "coach", tmp_path, tmp_path, None)
-    arms = bench.ARMS["opcd-tokens"].tokens_of
-    with pytest.raises(UsageError, match="sums, seed 3: its steps follow from off_policy"):
-        made._affordable(*arms)
+    payer = bench.ARMS["opcd-tokens"].tokens_of
+    with pytest.raises(UsageError, match="sums, seed 3: off_policy says how many tokens to sample; run it first"):
+        made._tokens_of(payer)
     (tmp_path / "sums").mkdir()
-    for name, tokens in (("off_policy", 520), ("opcd-forward_kl", 1051)):
-        row = {"steps": 12, "sampled_tokens": tokens}
-        (tmp_path / "sums" / f"{name}-3.json").write_text(json.dumps(row))
-    assert made._affordable(*arms) == 6
+    (tmp_path / "sums" / "off_policy-3.json").write_text(json.dumps({"sampled_tokens": 520}))
+    assert made._tokens_of(payer) == 520
 
 
 def test_every_world_has_its_tasks(bench: Any) -> None:

@@ -73,6 +73,17 @@ def entropies(student: list[float], teacher: float, **config: float | None) -> l
     return said
 
 
+def test_a_budget_of_sampled_tokens_ends_a_run_after_the_step_that_spends_it() -> None:
+    guard = Guard(GuardConfig(max_sampled_tokens=100))
+    said = [
+        guard.check(
+            StepMetrics(**{**ZEROS, "step": step, "response_tokens": 12.5, "sequences": 4, "divergence": 1 / step})
+        )
+        for step in (1, 2)
+    ]
+    assert said == [None, "100 tokens were sampled by step 2, the budget is 100"]
+
+
 def test_a_bound_on_rising_entropy_is_there_for_who_asks() -> None:
     apart = [0.99, 1.1, 1.3, 1.5, 1.6, 1.7, 2.1, 2.5]
     *calm, why = entropies(apart, teacher=0.92, max_entropy_ratio=2.0)
