@@ -231,8 +231,8 @@ the other methods.
 
 All students were trained for 12 steps of 16 episodes, or until the guard stopped them: as many episodes for every
 method, not as many tokens. `tokens sampled` counts those, and one student of OPCD ends with the step in which it has
-sampled as many as off-policy did. Of checkpoints that are equal on validation the earliest is measured, so a student that never had a
-validation task right is that of step 4, in every column.
+sampled as many as off-policy did. Of checkpoints that are equal on validation the earliest is measured, so a student
+that never had a validation task right is that of step 4, in every column.
 
 Replies to the two other sets are cut at 32 tokens: `math/ood`, plain problems of the families that the world does not
 have, whose answer counts in any form, and `instructions/test`, a hundred instructions that code checks. A student is
