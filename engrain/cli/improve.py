@@ -27,6 +27,7 @@ from engrain.cli.common import (
     StoreOption,
     SyncOption,
     check_engines,
+    check_room,
     find_knowledge,
     open_engine,
     open_players,
@@ -202,8 +203,9 @@ def command(
 
     with ExitStack() as stack:
         memory = stack.enter_context(open_store(store))
+        text = None
         if chosen.knowledge is not None and not memory.unfinished_round(chosen.model):
-            find_knowledge(chosen.knowledge, memory)  # before a model is loaded
+            text = find_knowledge(chosen.knowledge, memory)
         lease = stack.enter_context(LoopLease(memory, chosen.model))
         checks.append(lease.check)
         told = stack.enter_context(
@@ -220,6 +222,7 @@ def command(
             open_round(memory, Series.of(memory, chosen).next if forever else chosen, fresh=fresh)
             fresh = False
         trained, sampler, players = stack.enter_context(open_engine(chosen.model)), None, None
+        check_room(trained, text)
         if ray is not None:
             share = SAMPLER_SHARE if ray == "local" else 0.9
             players = stack.enter_context(open_players(chosen.model, ray, engine, memory_share=share))

@@ -160,6 +160,7 @@ SETTINGS = [
     ((*IMPROVE, "--extraction", "magic"), "magic"),
     ((*IMPROVE, "--knowledge", "nope"), "no knowledge 'nope'"),
     ((*IMPROVE, "--knowledge", "{here}/empty.txt"), "is empty"),
+    ((*IMPROVE, "--knowledge", "{here}/long.txt"), "holds 4096; shorten the text"),
     ((*IMPROVE, "--knowledge", ""), "knowledge: String should have at least 1 character"),
     ((*IMPROVE, "--knowledge", "{here}/text.txt", "--coach", "m"), "leave out --extraction and --coach"),
     ((*IMPROVE, "--knowledge", "{here}/text.txt", "--forever"), "--forever finds its own knowledge"),
