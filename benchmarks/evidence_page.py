@@ -37,6 +37,7 @@ _OURS, _PEER = "opcd-forward_kl", "off_policy"
 #: What is compared, each with what a user could take instead.
 _PAIRS = (
     *((_OURS, other) for other in ("in-context", _PEER, "sft", "opcd-reverse_kl", "opcd-jsd", "opcd-live")),
+    ("opcd-tokens", _PEER),
     (_OURS, "opcd-unfiltered"),
     ("in-context", "in-context-unfiltered"),
     ("opcd-unfiltered", "in-context-unfiltered"),

@@ -143,10 +143,15 @@ def _text(knowledge: Knowledge | None) -> Text | None:
         id=knowledge.id,
         version=knowledge.version,
         text=knowledge.text,
-        lines=len(knowledge.items),
+        lines=_lines(knowledge),
         tokens=knowledge.tokens,
         left_out=len(knowledge.dropped),
     )
+
+
+def _lines(knowledge: Knowledge) -> int:
+    """Its items; of a text without any, what is written in lines."""
+    return len(knowledge.items) or len(knowledge.text.splitlines())
 
 
 def _rate(evaluation: EvaluationRecord) -> Rate:
@@ -207,7 +212,7 @@ def _candidates(
                 Candidate(
                     version=text.version,
                     id=text.id,
-                    lines=len(text.items),
+                    lines=_lines(text),
                     tokens=text.tokens,
                     rate=_rate(evaluation),
                     chosen=mine,
@@ -321,7 +326,7 @@ def _lineage(store: Store, record: RoundRecord, checkpoint: CheckpointRecord | N
                 step=own.manifest.get("step"),
                 episodes=level.training_episodes,
                 knowledge=text.version if text else None,
-                lines=len(text.items) if text else 0,
+                lines=_lines(text) if text else 0,
             )
         )
         if level.parent is None:

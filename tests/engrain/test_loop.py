@@ -412,7 +412,7 @@ def test_a_given_text_is_distilled_and_judged_without_play_or_extraction(run, tm
         assert store.items() == []
         [version] = store.knowledge_versions()
         page = render(gather(store, store.round(result.round.id)))
-    assert "It was given a text of " in page
+    assert f"It was given a text of {len(text.splitlines())} lines and " in page
     assert "as it was given:" in page
     result, _ = run("given", Recorder(), knowledge=version.id, seed=1)  # again, as a stored version
     assert result.knowledge.id == version.id
