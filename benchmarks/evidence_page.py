@@ -78,12 +78,6 @@ def rate(rows: Mapping[int, Row], name: str) -> str:
     return "{:.2f} [{:.2f}, {:.2f}]".format(*rated(outcomes, groups)) if outcomes else ""
 
 
-def dtype(row: Row) -> str | None:
-    """What the run was computed in, where its file says it."""
-    found: str | None = row.get("machine", {}).get("dtype")
-    return found
-
-
 def accuracy(row: Row) -> float:
     return mean(map(int, row["test"]))
 
@@ -173,11 +167,11 @@ def said(arms: Mapping[str, Mapping[int, Row]]) -> list[str]:
                 ended.setdefault((seed, why), []).append(ARMS[name].title)
             if broken := {**row.get("broken", {}), **({"training": n} if (n := row.get("dropped")) else {})}:
                 lines.append(f"- {ARMS[name].title}, seed {seed}: episodes without a reply or with a fault: {broken}")
-    slow = [
-        f"{ARMS[name].title} (seeds {', '.join(map(str, seeds))})"
-        for name in ARMS
-        if (seeds := [seed for seed, row in sorted(arms.get(name, {}).items()) if dtype(row) == "float32"])
-    ]
+    slow = []
+    for name in ARMS:
+        rows = sorted(arms.get(name, {}).items())
+        if seeds := [str(seed) for seed, row in rows if row.get("machine", {}).get("dtype") == "float32"]:
+            slow.append(f"{ARMS[name].title} (seeds {', '.join(seeds)})")
     lines += [f"- computed in float32, on a processor that has no bfloat16: {'; '.join(slow)}"] if slow else []
     lines += [f"- seed {seed}, {why}: {'; '.join(titles)}" for (seed, why), titles in sorted(ended.items())]
     for (kind, seed, text), gap in texts.items():

@@ -57,9 +57,12 @@ def _story(page: ReportPage) -> Iterator[str]:
             else " That interval does not exclude zero, so training could not be expected to pay."
         )
         size = f"{counted(text.lines, 'line')} and {text.tokens} tokens"
-        chosen = f"Of {counted(len(page.candidates), 'candidate text')}, validation tasks chose one of {size}"
+        if page.given:
+            which = f"It was given a text of {size}"
+        else:
+            which = f"Of {counted(len(page.candidates), 'candidate text')}, validation tasks chose one of {size}"
         yield (
-            f"{f'It was given a text of {size}' if page.given else chosen}: with it in the context accuracy on "
+            f"{which}: with it in the context accuracy on "
             f"{page.gap.n} validation tasks changes by {gained(page.gap)}.{sure}"
         )
     if page.training is not None:
