@@ -120,16 +120,17 @@ class RowCache(Cache):
             layer.place(keys[index, :, start:], values[index, :, start:])
         return True
 
-    def join(self, other: RowCache) -> None:
-        """Add the other cache's rows below this one's; the narrower one is padded on the left."""
-        width = max(self.width, other.width)
-        self.mask_BT = torch.cat([_pad_left(self.mask_BT, width, -1), _pad_left(other.mask_BT, width, -1)])
-        for mine, theirs in zip(self.layers, other.layers, strict=True):
-            keys, values = (
-                torch.cat([_pad_left(a, width, -2), _pad_left(b, width, -2)])
-                for a, b in zip(mine.used(), theirs.used(), strict=True)
-            )
-            mine.place(keys, values)
+    def join(self, others: Sequence[RowCache]) -> None:
+        """Add the other caches' rows below this one's; narrower ones are padded on the left."""
+        if not others:
+            return
+        caches = [self, *others]
+        width = max(cache.width for cache in caches)
+        self.mask_BT = torch.cat([_pad_left(cache.mask_BT, width, -1) for cache in caches])
+        for layers in zip(*(cache.layers for cache in caches), strict=True):
+            used = [layer.used() for layer in layers]
+            keys, values = (torch.cat([_pad_left(a, width, -2) for a in parts]) for parts in zip(*used, strict=True))
+            layers[0].place(keys, values)
 
     def row(self, row: int, length: int | None = None) -> RowState:
         """A copy of one row's used columns, or of the first `length` of them."""

@@ -1,8 +1,8 @@
 """The decode loop: many prompts through one causal language model, continuously batched.
 
-Tokens that all prompts begin with run once, at batch 1. Prompts are prefilled in groups by token budget, rows
-leave the batch when they are done, and waiting prompts take their places. What a row gets depends on its own
-prompt, parameters and seed only (up to the rounding of the matrix products).
+Tokens that all prompts begin with run once, at batch 1. Prompts are prefilled in groups of about the same number of
+new tokens, rows leave the batch when they are done, and waiting prompts take their places. What a row gets depends on
+its own prompt, parameters and seed only (up to the rounding of the matrix products).
 """
 
 from __future__ import annotations
@@ -32,7 +32,10 @@ _REFILL = 4  # waiting prompts enter when one in this many places is free
 
 @dataclass(frozen=True)
 class Limits:
-    """How much runs together. Tokens are counted as rows times their widest row."""
+    """How much runs together. Tokens are counted as rows times their widest row.
+
+    Rows that are prefilled together are padded to the widest; a CPU is busy with few, and then wastes less on padding.
+    """
 
     max_batch: int = 64
     batch_tokens: int = 131_072
@@ -56,6 +59,11 @@ class _Row:
     @property
     def total(self) -> int:
         return len(self.prompt) + self.sampling.max_tokens
+
+    @property
+    def new(self) -> int:
+        """Tokens of the prompt that have no keys and values yet."""
+        return len(self.prompt) - self.shared
 
 
 class Decoder:
@@ -95,13 +103,13 @@ class Decoder:
             _Row(index, list(prompt), params, _uniforms(params), restriction=self._restriction(params))
             for index, (prompt, params) in enumerate(zip(prompts, sampling, strict=True))
         ]
-        self._waiting = deque(sorted(rows, key=lambda row: (-row.total, row.index)))
         with _contiguous_head(self.model):
             if self.flexible:
                 self._find_pasts(rows)
+            self._waiting = deque(sorted(rows, key=lambda row: (-row.new, -row.total, row.index)))
             while self._waiting or self._running:
                 if self._waiting and self._may_refill():
-                    self._admit(self._next_group())
+                    self._refill()
                 else:
                     self._step()
                 self._leave()
@@ -137,26 +145,35 @@ class Decoder:
             return True
         free = self.limits.max_batch - len(self._running)
         enough = free >= min(len(self._waiting), max(1, self.limits.max_batch // _REFILL))
-        return self.flexible and enough and self._fits(self._waiting[0], len(self._running) + 1)
+        return self.flexible and enough and self._fits([self._waiting[0]])
 
-    def _fits(self, row: _Row, rows: int) -> bool:
-        widest = max([row.total, *(other.total for other in self._running)])
-        return rows <= self.limits.max_batch and rows * widest <= self.limits.batch_tokens
+    def _fits(self, rows: Sequence[_Row]) -> bool:
+        """Whether these rows may run with those that run already."""
+        together = [*self._running, *rows]
+        widest = max(row.total for row in together)
+        return len(together) <= self.limits.max_batch and len(together) * widest <= self.limits.batch_tokens
 
     def _next_group(self) -> list[_Row]:
-        group = [self._waiting.popleft()]
-        widest = len(group[0].prompt) - group[0].shared
+        group = [self._waiting.popleft()]  # the one with the most new tokens
         while self._waiting:
-            row = self._waiting[0]
-            widest = max(widest, len(row.prompt) - row.shared)
-            too_many = (len(group) + 1) * widest > self.limits.prefill_tokens
-            if (too_many and self.flexible) or not self._fits(row, len(self._running) + len(group) + 1):
+            too_many = (len(group) + 1) * group[0].new > self.limits.prefill_tokens
+            if (too_many and self.flexible) or not self._fits([*group, self._waiting[0]]):
                 break
             group.append(self._waiting.popleft())
         return group
 
-    def _admit(self, group: list[_Row]) -> None:
-        """Run the group's prompts and sample every row's first token."""
+    def _refill(self) -> None:
+        """Let waiting rows in, group by group, until no more fit."""
+        caches = [] if self._cache is None else [self._cache]
+        caches.append(self._admit(self._next_group()))
+        while self.flexible and self._waiting and self._fits([self._waiting[0]]):
+            caches.append(self._admit(self._next_group()))
+        self._cache = caches[0]
+        if isinstance(self._cache, RowCache):  # only such are refilled
+            self._cache.join([cache for cache in caches[1:] if isinstance(cache, RowCache)])
+
+    def _admit(self, group: list[_Row]) -> RowCache | _ModelCache:
+        """Run the group's prompts, sample every row's first token, and return their keys and values."""
         cache = (
             RowCache.of_rows([row.past for row in group], self.device)
             if self.flexible
@@ -166,13 +183,8 @@ class Decoder:
         for row in group:
             row.past = ()
         self._accept(group, logits_BV)
-        if self._cache is None:
-            self._cache = cache
-        else:
-            assert isinstance(self._cache, RowCache)  # noqa: S101 - only flexible caches are refilled
-            assert isinstance(cache, RowCache)  # noqa: S101
-            self._cache.join(cache)
         self._running += group
+        return cache
 
     def _step(self) -> None:
         """One token for every running row."""

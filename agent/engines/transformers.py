@@ -26,6 +26,7 @@ from agent.renderer import Renderer
 
 _FALLBACK_CONTEXT = 4096
 _REUSE_TOKENS = 65_536
+_CPU_PREFILL = 1_024  # from here on a CPU's matrix products get no faster
 #: What transformers, PEFT and safetensors raise over files that are missing, broken, of another model or contradictory.
 _BAD_FILES = (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError, StrictDataclassError)
 
@@ -82,7 +83,8 @@ class TransformersEngine:
         self.network: Any = self._base  # what is sampled from: the base model, or an adapter around it
         self.tokenizer = tokenizer
         self.renderer = Renderer(tokenizer)
-        self.limits = Limits(max_batch=max_batch, batch_tokens=batch_tokens)
+        prefill_tokens = _CPU_PREFILL if self._device.type == "cpu" else Limits.prefill_tokens
+        self.limits = Limits(max_batch=max_batch, batch_tokens=batch_tokens, prefill_tokens=prefill_tokens)
         self._reuse_tokens = reuse_tokens
         self._store = self._new_store()
 

@@ -19,6 +19,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from agent.engines.base import Completion, steady
 from agent.engines.cache import PastStore, RowCache
+from agent.engines.decode import Limits
 from agent.engines.lora import _sum, can_merge, merged
 from agent.engines.sampling import draw, keep_top, pick
 from agent.engines.transformers import TransformersEngine, pick_dtype
@@ -154,6 +155,24 @@ def test_what_all_prompts_begin_with_goes_through_the_model_once(engine: Transfo
     assert shapes == [(1, shared), (4, len(prompts[0]) - shared)]
 
 
+def test_rows_with_as_many_new_tokens_are_read_together(engine: TransformersEngine) -> None:
+    short, other, long, known = prompts_of(engine, "a" * 40, "b" * 40, "c" * 150, "d" * 200)
+    one = GREEDY.model_copy(update={"max_tokens": 1})
+    engine.generate([known], [one])
+    engine.limits = Limits(prefill_tokens=3 * len(short))
+    with forwarded(engine) as shapes:
+        engine.generate([[*known, *short], short, long, other], [one] * 4)
+    assert shapes == [(1, len(long)), (3, len(short))]
+
+
+def test_no_more_tokens_run_together_than_allowed(engine: TransformersEngine) -> None:
+    prompts = prompts_of(engine, *("a" * n for n in (10, 90, 30, 70, 50)))
+    engine.limits = Limits(batch_tokens=3 * (len(prompts[1]) + GREEDY.max_tokens), prefill_tokens=128)
+    with forwarded(engine) as shapes:
+        engine.generate(prompts, [GREEDY] * 5)
+    assert max(rows for rows, columns in shapes if columns == 1) == 3
+
+
 def test_finished_rows_leave_the_batch(tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
     engine = TransformersEngine(tiny_model(), tiny_tokenizer, name="tiny")
     engine.network.generation_config.eos_token_id = None
@@ -266,8 +285,8 @@ def test_rows_join_leave_and_come_back() -> None:
         return ((torch.full((1, length, 2), fill), torch.full((1, length, 2), -fill)),)
 
     cache = RowCache.of_rows([state(2, 1.0), state(5, 2.0)], torch.device("cpu"))
-    cache.join(RowCache.of_rows([state(3, 3.0)], torch.device("cpu")))
-    assert cache.mask_BT.sum(1).tolist() == [2, 5, 3]
+    cache.join([RowCache.of_rows([state(length, 3.0)], torch.device("cpu")) for length in (3, 6)])
+    assert cache.mask_BT.sum(1).tolist() == [2, 5, 3, 6]
     cache.keep([0, 2])
     assert cache.width == 3
     assert torch.equal(cache.row(0)[0][0], torch.full((1, 2, 2), 1.0))
