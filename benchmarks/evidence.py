@@ -158,23 +158,42 @@ class Bench:
             lockstep=True,
         )
 
-    def measure(self, text: str | None) -> dict[str, Any]:
-        """Everything that is measured of the student that is loaded, with a text in its context or without."""
+    def measure(self, text: str | None, kept: Path) -> dict[str, Any]:
+        """Everything that is measured of the student that is loaded, with a text in its context or without.
+
+        Every part is kept in a file as soon as it is there, and not measured again for the same text and student;
+        `seconds` is what those parts took that were there before.
+        """
         greedy = SamplingParams(temperature=0.0, max_tokens=32)
-        played = {"test": self._play(self.tasks.test, text)}
-        played |= {name: self._play(tasks, text, greedy) for name, tasks in self.tasks.ood.items()}
         restricted = self.config.evaluation.sampling.admissible_only
         free = SamplingParams(temperature=1.0, max_tokens=32, admissible_only=restricted)
-        sampled = self._play(self.tasks.test[:32], text, free)
-        found: dict[str, Any] = {
-            "test": bits(played["test"]),
-            "other": {name: bits(played[name]) for name in self.tasks.ood},
-            "sampled": monitored(sampled, self.engine),
-            "broken": {name: n for name, e in {**played, "sampled": sampled}.items() if (n := len(failures(e)))},
+        asked = {"test": (self.tasks.test, self.config.evaluation.sampling)}
+        asked |= {name: (tasks, greedy) for name, tasks in self.tasks.ood.items()}
+        asked["sampled"] = (self.tasks.test[:32], free)
+        made_by = {"text": text, "student": self.engine.checkpoint}
+        found: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {}
+        if any(found.get(key) != value for key, value in made_by.items()):
+            found = {}
+        parts: dict[str, Any] = found.get("parts", {})
+        earlier = sum(part["seconds"] for part in parts.values())
+        for name, (tasks, sampling) in asked.items():
+            if name in parts:
+                continue
+            started = time.monotonic()
+            episodes = self._play(tasks, text, sampling)
+            outcome = monitored(episodes, self.engine) if name == "sampled" else bits(episodes)
+            parts[name] = {"outcome": outcome, "broken": len(failures(episodes)), "seconds": spent(started)}
+            write(kept, {**made_by, "parts": parts})
+        row: dict[str, Any] = {
+            "test": parts["test"]["outcome"],
+            "other": {name: parts[name]["outcome"] for name in self.tasks.ood},
+            "sampled": parts["sampled"]["outcome"],
+            "broken": {name: part["broken"] for name, part in parts.items() if part["broken"]},
+            "seconds": earlier,
         }
         if groups := [task.parameters["template"] for task in self.tasks.test if "template" in task.parameters]:
-            found["groups"] = groups
-        return found
+            row["groups"] = groups
+        return row
 
     def run(self, name: str, *, force: bool) -> dict[str, Any]:
         """One arm: what it trained, if anything, and all measurements."""
@@ -186,7 +205,9 @@ class Bench:
         if arm.text == "coach":
             row["coach"] = self.coach
         if arm.distill is None:
-            return row | self.measure(known["text"] if known and arm.in_context else None) | spent(started)
+            row |= self.measure(known["text"] if known and arm.in_context else None, self.parts(name))
+            row["seconds"] += spent(started)
+            return row
         assert known is not None
         placebo = arm.text in PLACEBOS
         asked = dict(arm.distill)
@@ -208,7 +229,9 @@ class Bench:
                 guard = config.guard.model_copy(update={"max_sampled_tokens": self._tokens_of(arm.tokens_of)})
                 config = config.model_copy(update={"guard": guard})
             row |= self._train(config, known["text"], self.folder(name), teacher)
-        return row | self.measure(None) | spent(started)
+        row |= self.measure(None, self.parts(name))
+        row["seconds"] += spent(started)
+        return row
 
     def _tokens_of(self, name: str) -> int:
         """What another arm sampled.
@@ -229,6 +252,10 @@ class Bench:
     def folder(self, name: str) -> Path:
         """Where an arm is trained; it stays until the run is written."""
         return self.work / f"{name}-{self.seed}"
+
+    def parts(self, name: str) -> Path:
+        """Where what was measured of an arm is kept until the run is written."""
+        return self.work / f"measured-{name}-{self.seed}.json"
 
     def _train(
         self, config: DistillConfig, text: str, folder: Path, teacher: TransformersEngine | None
@@ -286,8 +313,8 @@ def commit() -> str | None:
         return None
 
 
-def spent(started: float) -> dict[str, float]:
-    return {"seconds": round(time.monotonic() - started, 1)}
+def spent(started: float) -> float:
+    return round(time.monotonic() - started, 1)
 
 
 def main() -> None:
@@ -338,6 +365,7 @@ def run_all(bench: Bench, arms: Sequence[str], *, force: bool, retry: bool) -> N
             row["error"] = str(error)
         row |= {"machine": where(), "commit": commit()}
         write(bench.out / f"{name}-{seed}.json", row)
+        bench.parts(name).unlink(missing_ok=True)
         if "steps" in row:
             shutil.rmtree(bench.folder(name))
         rate = sum(map(int, row["test"])) / len(row["test"]) if "test" in row else None

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -132,6 +133,35 @@ def test_one_arm_samples_as_many_tokens_as_off_policy_did(bench: Any, tmp_path: 
     (tmp_path / "sums").mkdir()
     (tmp_path / "sums" / "off_policy-3.json").write_text(json.dumps({"sampled_tokens": 520}))
     assert made._tokens_of(payer) == 520
+
+
+def test_what_was_measured_before_a_cut_is_not_measured_again(
+    bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import evidence
+
+    made = evidence.Bench("sums", 3, "model", "coach", tmp_path, tmp_path, None)
+    made.engine = SimpleNamespace(checkpoint=None)
+    made.tasks = SimpleNamespace(test=[SimpleNamespace(parameters={})] * 3, ood={"plain": ["a", "b"], "other": ["c"]})
+    won = SimpleNamespace(success=True, stop_reason=None)
+    made.work.mkdir()
+    played: list[tuple[int, str | None]] = []
+
+    def play(tasks: list[Any], text: str | None, sampling: Any) -> list[Any]:
+        played.append((len(tasks), text))
+        if len(played) == 3:
+            raise KeyboardInterrupt
+        return [won] * len(tasks)
+
+    monkeypatch.setattr(made, "_play", play)
+    monkeypatch.setattr(evidence, "monitored", lambda episodes, engine: {"n": len(episodes)})
+    with pytest.raises(KeyboardInterrupt):
+        made.measure("text", made.parts("bare"))
+    row = made.measure("text", made.parts("bare"))
+    assert [tasks for tasks, _ in played] == [3, 2, 1, 1, 3]  # all of them once, and the one that was cut again
+    assert (row["test"], row["other"], row["sampled"]) == ("111", {"plain": "11", "other": "1"}, {"n": 3})
+    made.measure("another text", made.parts("bare"))
+    assert played[5:] == [(tasks, "another text") for tasks in (3, 2, 1, 3)]
 
 
 def test_every_world_has_its_tasks(bench: Any) -> None:
