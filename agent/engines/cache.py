@@ -121,7 +121,10 @@ class RowCache(Cache):
         return True
 
     def join(self, others: Sequence[RowCache]) -> None:
-        """Add the other caches' rows below this one's; narrower ones are padded on the left."""
+        """Add the other caches' rows below this one's; narrower ones are padded on the left.
+
+        The others are used up layer by layer, so that no more than one layer is there twice.
+        """
         if not others:
             return
         caches = [self, *others]
@@ -130,6 +133,9 @@ class RowCache(Cache):
         for layers in zip(*(cache.layers for cache in caches), strict=True):
             used = [layer.used() for layer in layers]
             keys, values = (torch.cat([_pad_left(a, width, -2) for a in parts]) for parts in zip(*used, strict=True))
+            del used
+            for layer in layers:
+                layer.keys = layer.values = None
             layers[0].place(keys, values)
 
     def row(self, row: int, length: int | None = None) -> RowState:
