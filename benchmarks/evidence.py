@@ -62,8 +62,8 @@ from memory.records import Knowledge, digest
 from memory.render import compose, count_tokens
 from memory.store import Store
 
-#: Tokens whose keys and values are kept between turns: those of 128 games.
-REUSE = 262_144
+#: Tasks that are played together, which a cut costs at most; the first so many are sampled for the monitor.
+TOGETHER = 32
 #: Most tokens of raw traces in a context.
 TRACES = 1024
 
@@ -85,7 +85,7 @@ class Bench:
 
     @cached_property
     def engine(self) -> TransformersEngine:
-        return TransformersEngine(resolve(self.model), name=self.model, reuse_tokens=REUSE)
+        return TransformersEngine(resolve(self.model), name=self.model)
 
     def text(self, name: str) -> dict[str, Any]:
         """A knowledge text with its gap to the bare model on validation tasks; kept in a file.
@@ -161,15 +161,15 @@ class Bench:
     def measure(self, text: str | None, kept: Path) -> dict[str, Any]:
         """Everything that is measured of the student that is loaded, with a text in its context or without.
 
-        Every part is kept in a file as soon as it is there, and not measured again for the same text and student;
-        `seconds` is what those parts took that were there before.
+        What is there is kept in a file, and not measured again for the same text and student; `seconds` is what it
+        took.
         """
         greedy = SamplingParams(temperature=0.0, max_tokens=32)
         restricted = self.config.evaluation.sampling.admissible_only
         free = SamplingParams(temperature=1.0, max_tokens=32, admissible_only=restricted)
         asked = {"test": (self.tasks.test, self.config.evaluation.sampling)}
         asked |= {name: (tasks, greedy) for name, tasks in self.tasks.ood.items()}
-        asked["sampled"] = (self.tasks.test[:32], free)
+        asked["sampled"] = (self.tasks.test[:TOGETHER], free)
         made_by = {"text": text, "student": self.engine.checkpoint}
         found: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {}
         if any(found.get(key) != value for key, value in made_by.items()):
@@ -177,17 +177,20 @@ class Bench:
         parts: dict[str, Any] = found.get("parts", {})
         earlier = sum(part["seconds"] for part in parts.values())
         for name, (tasks, sampling) in asked.items():
-            if name in parts:
-                continue
-            started = time.monotonic()
-            episodes = self._play(tasks, text, sampling)
-            outcome = monitored(episodes, self.engine) if name == "sampled" else bits(episodes)
-            parts[name] = {"outcome": outcome, "broken": len(failures(episodes)), "seconds": spent(started)}
-            write(kept, {**made_by, "parts": parts})
+            part = parts.setdefault(name, {"outcomes": "", "broken": 0, "seconds": 0.0})
+            for first in range(len(part["outcomes"]), len(tasks), TOGETHER):
+                started = time.monotonic()
+                episodes = self._play(tasks[first : first + TOGETHER], text, sampling)
+                part["outcomes"] += bits(episodes)
+                part["broken"] += len(failures(episodes))
+                if name == "sampled":
+                    part["monitored"] = monitored(episodes, self.engine)
+                part["seconds"] += spent(started)
+                write(kept, {**made_by, "parts": parts})
         row: dict[str, Any] = {
-            "test": parts["test"]["outcome"],
-            "other": {name: parts[name]["outcome"] for name in self.tasks.ood},
-            "sampled": parts["sampled"]["outcome"],
+            "test": parts["test"]["outcomes"],
+            "other": {name: parts[name]["outcomes"] for name in self.tasks.ood},
+            "sampled": parts["sampled"]["monitored"],
             "broken": {name: part["broken"] for name, part in parts.items() if part["broken"]},
             "seconds": earlier,
         }

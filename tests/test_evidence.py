@@ -142,7 +142,7 @@ def test_what_was_measured_before_a_cut_is_not_measured_again(
 
     made = evidence.Bench("sums", 3, "model", "coach", tmp_path, tmp_path, None)
     made.engine = SimpleNamespace(checkpoint=None)
-    made.tasks = SimpleNamespace(test=[SimpleNamespace(parameters={})] * 3, ood={"plain": ["a", "b"], "other": ["c"]})
+    made.tasks = SimpleNamespace(test=[SimpleNamespace(parameters={})] * 40, ood={"plain": ["a", "b"], "other": ["c"]})
     won = SimpleNamespace(success=True, stop_reason=None)
     made.work.mkdir()
     played: list[tuple[int, str | None]] = []
@@ -158,10 +158,10 @@ def test_what_was_measured_before_a_cut_is_not_measured_again(
     with pytest.raises(KeyboardInterrupt):
         made.measure("text", made.parts("bare"))
     row = made.measure("text", made.parts("bare"))
-    assert [tasks for tasks, _ in played] == [3, 2, 1, 1, 3]  # all of them once, and the one that was cut again
-    assert (row["test"], row["other"], row["sampled"]) == ("111", {"plain": "11", "other": "1"}, {"n": 3})
+    assert [tasks for tasks, _ in played] == [32, 8, 2, 2, 1, 32]  # all of them once, and what was cut again
+    assert (row["test"], row["other"], row["sampled"]) == ("1" * 40, {"plain": "11", "other": "1"}, {"n": 32})
     made.measure("another text", made.parts("bare"))
-    assert played[5:] == [(tasks, "another text") for tasks in (3, 2, 1, 3)]
+    assert played[6:] == [(tasks, "another text") for tasks in (32, 8, 2, 1, 32)]
 
 
 def test_every_world_has_its_tasks(bench: Any) -> None:
