@@ -233,7 +233,8 @@ Replies to the two other sets are cut at 32 tokens: `math/ood`, plain problems o
 have, whose answer counts in any form, and `instructions/test`, a hundred instructions that code checks. A student is
 not asked the other worlds' conventions: the bare model has 0.00 on each, so nothing can be lost there; the rounds in a
 row below ask for all of them. Cooking has no placebos and no larger model, because to measure one student takes a core
-20 minutes. An objective `auto` is none of Engrain's: [what was measured of it](../numbers.md#objectives)."""
+20 minutes, in float32 an hour. An objective `auto` is none of Engrain's:
+[what was measured of it](../numbers.md#objectives)."""
 
 
 def build(folder: Path) -> dict[str, Any]:

@@ -73,7 +73,7 @@ WORLDS: dict[str, Place] = {
     ),
     "helpdesk": Place(WorldSpec(env="helpdesk"), 12, written=helpdesk.PROMPT),
     # The shortest game: with every ingredient at hand the meal must be prepared and eaten. Measuring one
-    # student takes 20 minutes on one core, so placebos and the larger model stay with the other worlds.
+    # student takes 20 to 60 minutes on one core, so placebos and the larger model stay with the other worlds.
     "cooking": Place(
         WorldSpec(env="textworld", options={"game": "cooking", "take": "0", "max_turns": "4"}),
         16,
