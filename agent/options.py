@@ -13,7 +13,7 @@ from agent.scheduler import MakeEnv, Scheduler
 from agent.stats import RolloutStats
 from agent.workers import Workers
 
-#: The most requests under way in an engine, unless told otherwise.
+#: The most requests under way in an engine, or in each copy of one that has several, unless told otherwise.
 BATCH = 64
 
 
@@ -33,7 +33,8 @@ class PlayOptions(TypedDict, total=False):
             given.
         episode_seconds: the most time an episode may take, waiting for the engine included; checked at every turn, and
             while an env steps in a worker process. It ends with an error. None is no limit.
-        batch: the most requests under way in the engine, 64 if not given; twice as many envs are open at most.
+        batch: the most requests under way in the engine, 64 for each of its copies if not given; twice as many envs are
+            open at most.
         workers: threads that make and step envs that need no process of their own; 8 if not given.
         seed: fixes all sampling; 0 if not given.
         make_env: None is `envs.registry.make`, in worker processes where the task's world is `isolated`. Envs of any
@@ -79,7 +80,7 @@ def scheduled(
         on_end=on_end,
         progress=progress,
         stats=stats,
-        batch=options.get("batch", BATCH),
+        batch=options.get("batch", BATCH * getattr(engine, "copies", 1)),
         threads=options.get("workers", 8),
         make_env=options.get("make_env"),
         workers=processes,

@@ -19,6 +19,7 @@ from agent.engines.base import Completion, Engine
 from agent.episode import Episode, SamplingParams, episode_id
 from distill.errors import ProcessFailedError
 from envs.base import Task
+from envs.errors import EngrainError
 
 T = TypeVar("T")
 
@@ -68,6 +69,33 @@ def from_main(make: Callable[[], T]) -> T:
     return cast(T, outcome[1])
 
 
+def everyone(do: Callable[[], T]) -> list[T]:
+    """Do it in every process, and give everyone what came of it, in the order of their numbers.
+
+    Raises:
+        EngrainError: it was raised in one of them; all raise it.
+        ProcessFailedError: anything else was; the process itself raises that.
+    """
+    if world() == 1:
+        return [do()]
+    failure: Exception | None = None
+    result: T | None = None
+    try:
+        result = do()
+    except Exception as error:
+        failure = error
+    told = failure
+    if failure is not None and not isinstance(failure, EngrainError):
+        told = ProcessFailedError(f"process {rank()} failed: {str(failure) or type(failure).__name__}")
+    parts = gather((told, result))
+    if failure is not None:
+        raise failure
+    for other, _ in parts:
+        if other is not None:
+            raise other
+    return [cast(T, part) for _, part in parts]
+
+
 def in_shares(items: Sequence[T], do: Callable[[list[int]], list[Any]]) -> list[Any]:
     """Let each process do every n-th of the items, and give everyone all results, in the order of the items.
 
@@ -76,23 +104,10 @@ def in_shares(items: Sequence[T], do: Callable[[list[int]], list[Any]]) -> list[
         do: given the indices of a share, returns their results in that order.
 
     Raises:
-        ProcessFailedError: a process failed; the others do not wait for it.
+        EngrainError: as `everyone`; the others do not wait for a process that failed.
     """
-    if world() == 1:
-        return do(list(range(len(items))))
-    failure: Exception | None = None
-    results: list[Any] = []
-    try:
-        results = do(list(range(rank(), len(items), world())))
-    except Exception as error:
-        failure = error
-    parts = gather((None if failure is None else str(failure) or type(failure).__name__, results))
-    if failure is not None:
-        raise failure
-    for number, (message, _) in enumerate(parts):
-        if message is not None:
-            raise ProcessFailedError(f"process {number} failed: {message}")
-    return [parts[index % world()][1][index // world()] for index in range(len(items))]
+    parts = everyone(lambda: do(list(range(rank(), len(items), world()))))
+    return [parts[index % world()][index // world()] for index in range(len(items))]
 
 
 def play(

@@ -213,16 +213,18 @@ class Trainer:
         self,
         *,
         validate: Callable[[int], float] | None = None,
+        meanwhile: Callable[[int], None] | None = None,
         on_step: Callable[[StepMetrics], None] | None = None,
         tracker: Tracker | None = None,
     ) -> FitResult:
         """Run the remaining steps, with a checkpoint every `save_every` and at the end, validated if asked to.
 
         In between the latest step is saved as often as 5% of the time allows; such a checkpoint goes with the next one.
-        Of several processes the main one alone calls these, and all return the same.
+        Of several processes the main one alone calls these, but for `meanwhile`, and all return the same.
 
         Args:
             validate: scores the student as it stands after so many steps, higher being better; 0 is the untrained one.
+            meanwhile: what every other process does while the main one validates.
             on_step: told every step. KeyboardInterrupt or SystemExit from it leaves a checkpoint of that very step, and
                 from anywhere else the last one; the next run goes on from there. (With `sync_every` above 1 only at its
                 multiples: elsewhere a run that goes on would sample from other weights than an unbroken one.)
@@ -236,6 +238,8 @@ class Trainer:
         def score(step: int) -> None:
             if validate is not None:
                 with self.parallel.gathered(self.student.model):
+                    if meanwhile is not None and not is_main():
+                        meanwhile(step)
                     scores[step] = from_main(lambda: self._keep(scores, step, validate(step)))
                 if tracker is not None and is_main():
                     tracker.validation(step, scores[step])

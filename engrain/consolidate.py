@@ -1,7 +1,8 @@
 """Stage 5: put together student, teacher, source and trainer on one copy of the base weights.
 
 Under `accelerate launch` every process trains. A script may call `consolidate` in each of them; or the main process
-alone does all the rest of a command, and the others `join` it, train what it trains, and leave when it says `dismiss`.
+alone does all the rest of a command, and the others `join` it, train what it trains, sample what it has them sample
+(`distill.replicas`), and leave when it says `dismiss`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from distill.monitor import StepMetrics
 from distill.parallel import Sharded, current
 from distill.partial import PrefixSource
 from distill.refresh import RefreshedSource, drop_syncs
+from distill.replicas import replicated, serve
 from distill.source import Batch, OnPolicySource, Source
 from distill.teacher import EmaTeacher, FrozenTeacher, check_vocabulary
 from distill.trackers import open_trackers
@@ -55,7 +57,7 @@ def consolidate(
     *,
     parent: CheckpointRecord | None = None,
     on_step: Callable[[StepMetrics], None] | None = None,
-    validate: Callable[[TransformersEngine, int], float] | None = None,
+    validate: Callable[[Engine, int], float] | None = None,
     on_episode: Callable[[Episode], None] | None = None,
     teacher: TransformersEngine | None = None,
     episodes: Sequence[Episode] | None = None,
@@ -116,26 +118,20 @@ def consolidate(
 
 
 def join(engine: TransformersEngine, teacher: TransformersEngine | None = None) -> None:
-    """In a process that is not the main one: train what that one trains, until it dismisses this one.
+    """In a process that is not the main one: train what that one trains, and sample, until it dismisses this one.
 
     Raises:
         EngineCannotTrainError: the main process has another engine sample, and this one has none.
     """
-    while (job := from_main(_nothing)) is not None:
+
+    def train(job: _Job) -> None:
         if job.sampled_elsewhere:
             raise EngineCannotTrainError(
                 "several processes cannot share one sampling engine on the command line; use engrain.consolidate"
             )
         _train(engine, job, teacher)
 
-
-def dismiss() -> None:
-    """In the main process: let those that joined go."""
-    from_main(_nothing)
-
-
-def _nothing() -> _Job | None:
-    return None
+    serve(engine, train)
 
 
 def _train(
@@ -143,7 +139,7 @@ def _train(
     job: _Job,
     teacher: TransformersEngine | None,
     sampler: Engine | None = None,
-    validate: Callable[[TransformersEngine, int], float] | None = None,
+    validate: Callable[[Engine, int], float] | None = None,
     on_step: Callable[[StepMetrics], None] | None = None,
     on_episode: Callable[[Episode], None] | None = None,
     track: Sequence[str] = (),
@@ -171,7 +167,8 @@ def _train(
         def score(step: int) -> float:
             assert validate is not None  # noqa: S101 - the main process's own
             own.checkpoint = named(step)
-            return validate(own, step)
+            with replicated(own) as everywhere:
+                return validate(everywhere, step)
 
         trainer = Trainer(
             student,
@@ -186,7 +183,12 @@ def _train(
             parallel=parallel,
         )
         with open_trackers(track, folder, config.model_dump(mode="json")) as tracker:
-            return trainer.fit(validate=score if validated else None, on_step=on_step, tracker=tracker)
+            return trainer.fit(
+                validate=score if validated else None,
+                meanwhile=lambda step: serve(own),
+                on_step=on_step,
+                tracker=tracker,
+            )
     finally:
         if isinstance(parallel, Sharded):  # its layers are no plain modules any more
             engine.close()

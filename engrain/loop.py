@@ -222,7 +222,7 @@ class Round:
             return self.store.checkpoint(self.state["consolidate"]["checkpoint"])
         self._begin("consolidate", f"OPCD, {config.objective}, {config.steps} steps of {config.batch_size} episodes")
 
-        def validate(sampler: TransformersEngine, step: int) -> float:
+        def validate(sampler: Engine, step: int) -> float:
             name = f"validation/step-{step:06d}"
             episodes = self.playing.play(name, held_out, engine=sampler)
             accuracy = sum(e.success for e in episodes) / len(episodes)

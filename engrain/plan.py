@@ -18,9 +18,10 @@ student's forward and backward are twice that (weights are frozen: no gradient o
 checkpointing, and the teacher's forward once.
 
 Time on a device: work of training over `UTILISATION` of its peak; sampling is bound by reading the weights once for
-each step of a batch, over `UTILISATION` of its memory's rate, and never faster than its work. More devices share the
-training without loss. They do not share what is sampled: under `accelerate launch` every process samples a training
-step's whole batch, and the main one plays everything else. Servers or Ray share that, which is not estimated.
+each step of a batch, over `UTILISATION` of its memory's rate, and never faster than its work. More devices, under
+`accelerate launch`, share work without loss. Where reading the weights is the bound they gain only as long as there is
+more to sample side by side than one of them takes: each reads all weights for its share. vLLM, servers and Ray are not
+estimated.
 """
 
 from __future__ import annotations
@@ -55,10 +56,11 @@ class _Frozen(BaseModel):
 
 
 class Part(_Frozen):
-    """A part of the round: sequences, and the tokens in them at most."""
+    """A part of the round: sequences, how many are asked for in one go, and the tokens in them at most."""
 
     name: str
     episodes: int
+    together: int
     sampled: int
     read: int  # prompts, knowledge and answers
 
@@ -78,7 +80,7 @@ class Memory(_Frozen):
 
 
 class Seconds(_Frozen):
-    """Time on one device of a kind, or on so many that share the training; what is sampled they do not share."""
+    """Time on so many devices of a kind."""
 
     device: str
     devices: int
@@ -168,27 +170,29 @@ def _parts(config: ImproveConfig, turns: int) -> Iterator[Part]:
     """What is played in each stage; leave-one-out adds a pass over the validation tasks for each chosen item."""
     settings, distill, budget = config.evaluation, config.distill, config.extract.budget_tokens
 
-    def part(name: str, episodes: int, most: int, context: int = 0) -> Part:
+    def part(name: str, episodes: int, together: int, most: int, context: int = 0) -> Part:
         read = PROMPT + context + (turns - 1) * ANSWER
-        return Part(name=name, episodes=episodes, sampled=episodes * turns * most, read=episodes * read)
+        sampled = episodes * turns * most
+        return Part(name=name, episodes=episodes, together=together, sampled=sampled, read=episodes * read)
 
     found = config.knowledge is None
     if found:
-        yield part("play", config.play.episodes, config.play.sampling.max_tokens)
+        yield part("play", config.play.episodes, config.play.episodes, config.play.sampling.max_tokens)
         reads = config.extract.episodes
         played = PROMPT + turns * config.play.sampling.max_tokens
-        yield Part(name="extract", episodes=reads, sampled=reads * READING, read=reads * played)
+        yield Part(name="extract", episodes=reads, together=reads, sampled=reads * READING, read=reads * played)
     validation, most = settings.validation_tasks, settings.sampling.max_tokens
-    yield part("select: bare", validation, most)
-    yield part("select: in context", validation * (config.extract.candidates if found else 1), most, budget)
+    yield part("select: bare", validation, validation, most)
+    yield part("select: in context", validation * (config.extract.candidates if found else 1), validation, most, budget)
     if found and config.extract.effects == "randomised":
-        yield part("select: effects", 2 * validation, most, budget)
-    yield part("train", distill.steps * distill.batch_size, distill.sampling.max_tokens)
+        yield part("select: effects", 2 * validation, validation, most, budget)
+    yield part("train", distill.steps * distill.batch_size, distill.batch_size, distill.sampling.max_tokens)
     chosen = math.ceil(distill.steps / distill.save_every) + 1
-    yield part("choose a checkpoint", chosen * validation, most)
+    yield part("choose a checkpoint", chosen * validation, validation, most)
     judged = settings.test_tasks + sum(spec.tasks for spec in settings.ood)
-    yield part("judge: bare and distilled", 2 * judged, most)
-    yield part("judge: in context", judged, most, budget)
+    look = math.ceil(settings.test_tasks / settings.looks)
+    yield part("judge: bare and distilled", 2 * judged, look, most)
+    yield part("judge: in context", judged, look, most, budget)
 
 
 def _memory(config: ImproveConfig, shape: Shape, longest: int) -> Memory:
@@ -225,15 +229,15 @@ def _seconds(
 ) -> Iterator[Seconds]:
     playing, training = _operations(config, shape, parts, longest)
     rows = max(1, min(ROWS, ROW_TOKENS // longest))
-    reads = sum(part.sampled for part in parts) / rows * 2 * shape.parameters
     for device, (peak, rate, size) in DEVICES.items():
-        sampling = max(playing / (UTILISATION * peak), reads / (UTILISATION * rate))
         for devices in (1, 8):
+            steps = sum(part.sampled / min(rows * devices, part.together) for part in parts if part.sampled)
+            reads = steps * 2 * shape.parameters
             yield Seconds(
                 device=device,
                 devices=devices,
-                sampling=sampling,
-                training=training / (UTILISATION * peak) / devices,
+                sampling=max(playing / devices / (UTILISATION * peak), reads / (UTILISATION * rate)),
+                training=training / devices / (UTILISATION * peak),
                 fits=memory.total < size,
             )
 

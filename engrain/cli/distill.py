@@ -101,12 +101,13 @@ def command(
 
     The store keeps the text, the run with its episodes, and the checkpoint: `engrain memory lineage` shows them.
     """
-    from agent.engines.transformers import TransformersEngine
+    from agent.engines.base import Engine
     from agent.rollout import play
     from distill.config import DistillConfig, LoraSettings
     from distill.monitor import StepMetrics
+    from distill.replicas import dismiss
     from engrain.console import ConsoleListener
-    from engrain.consolidate import consolidate, dismiss
+    from engrain.consolidate import consolidate
     from engrain.runs import begin_run, finish_run, keep_episode
     from envs import registry
 
@@ -160,7 +161,7 @@ def command(
             ConsoleListener(Console(stderr=True), quiet=as_json) as listener,
         ):
 
-            def validate(sampler: TransformersEngine, step: int) -> float:
+            def validate(sampler: Engine, step: int) -> float:
                 greedy = SamplingParams(temperature=0.0, max_tokens=max_tokens)
                 episodes = play(held_out, sampler, sampling=greedy, namespace=f"validate/{step}", seed=seed)
                 accuracy = sum(e.success for e in episodes) / len(episodes)

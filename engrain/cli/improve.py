@@ -124,10 +124,11 @@ def command(
     A round that was interrupted goes on where it stopped when the same command is run again. With --forever checkpoints
     that nothing needs are removed after each round, as `engrain checkpoints prune` does it.
     """
+    from distill.distributed import world as processes
+    from distill.replicas import ReplicatedEngine, dismiss
     from engrain.cli.model import resolve_with_bar
     from engrain.coach import check_coach
     from engrain.config import ImproveConfig
-    from engrain.consolidate import dismiss
     from engrain.demo import demo_config
     from engrain.forever import Schedule, Series, run_forever, seconds, size
     from engrain.lease import LoopLease
@@ -230,6 +231,8 @@ def command(
             sampler = stack.enter_context(
                 open_sampler(chosen.model, engine, base_url, trainable=True, memory_share=SAMPLER_SHARE)
             )
+        elif processes() > 1:
+            sampler = ReplicatedEngine(trained)
         stop = stack.enter_context(stopping())
         checks.append(stop.check)
 

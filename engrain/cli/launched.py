@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -14,14 +15,16 @@ TrackOption = Annotated[
 
 
 def joined(model: str, teacher: str | None = None, track: Sequence[str] | None = None) -> bool:
-    """Under `accelerate launch`, in all processes but the main one: train along, until that one is done.
+    """Under `accelerate launch`, in all processes but the main one: train and sample along, until that one is done.
 
-    Call it before anything is written or a model is loaded, and `engrain.consolidate.dismiss` at the end.
+    Call it before anything is written or a model is loaded, and `distill.replicas.dismiss` at the end.
 
     Args:
         model: what is trained.
         teacher: a second model that teaches.
         track: the trackers that will be used; a missing one ends the command here.
+
+    A signal is left to the main process: this one leaves when that one has.
 
     Returns:
         Whether this process has nothing left to do; False in the main one.
@@ -38,7 +41,15 @@ def joined(model: str, teacher: str | None = None, track: Sequence[str] | None =
     from agent.models.resolve import resolve
     from engrain.consolidate import join
 
+    signals: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM):  # all get them; the main one says when to leave, by leaving
+        signal.signal(number, lambda got, frame: signals.append(got))
     engine = TransformersEngine(resolve(model), name=model)
     other = TransformersEngine(resolve(teacher), name=teacher) if teacher else None
-    join(engine, other)
+    try:
+        join(engine, other)
+    except Exception as error:
+        if not signals:
+            raise
+        raise SystemExit(128 + signals[0]) from error
     return True

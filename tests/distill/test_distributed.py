@@ -2,15 +2,11 @@
 another number of processes.
 
 This file is launched as a script, once for each way; the tests compare what it wrote with what one process comes to.
-`accelerate launch --cpu` starts several processes only through MPI. What it starts for GPUs it starts through torch's
-launcher, and with ACCELERATE_USE_CPU in the environment they compute on the CPU.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,14 +20,16 @@ from agent.episode import Episode, SamplingParams
 from distill.baselines import MixedSource, TeacherSource
 from distill.checkpoint import read_manifest
 from distill.config import DistillConfig, LoraSettings
-from distill.distributed import from_main, in_shares, rank, world
+from distill.distributed import from_main, gather, in_shares, rank, world
 from distill.errors import DistillConfigError
 from distill.monitor import GuardConfig, StepMetrics
 from distill.packing import Sample
 from distill.parallel import Replicated, current
+from distill.replicas import replicated, serve
 from distill.source import OnPolicySource
 from distill.teacher import EmaTeacher, FrozenTeacher
 from distill.trainer import FitResult, Trainer
+from tests.launching import launch
 
 #: What cannot be equal: how long it took and what it needed.
 OWN = {name for name in StepMetrics.model_fields if name.startswith("seconds_")}
@@ -114,7 +112,7 @@ def train(
 def worker(model: Path, folder: Path) -> None:
     """What each of the two processes does."""
     current()
-    facts: dict[str, Any] = {"failed": failure(), "refused": refusals()}
+    facts: dict[str, Any] = {"failed": failure(), "refused": refusals(), "asked": asked(model, folder)}
     for case in CASES:
         told: list[Episode] = []
         trainer, fit = train(model, folder, case, told=told)
@@ -163,14 +161,58 @@ def failure() -> str:
     return "nothing"
 
 
-def launch(way: str, *command: str) -> subprocess.CompletedProcess[str]:
-    """Run a script, or a module after -m, in two processes."""
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1"]
-    launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    launcher += {"ddp": ["--multi_gpu"], "fsdp2": ["--use_fsdp", "--fsdp_version", "2"]}[way]
-    return subprocess.run([*launcher, *command], env=environment, capture_output=True, text=True, timeout=500)
+PROMPTS = [list(f"prompt {number}".encode()) for number in range(5)]
+
+
+class Counted:
+    """An engine that counts what it is asked."""
+
+    def __init__(self, engine: Any) -> None:
+        self.engine, self.prompts = engine, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.engine, name)
+
+    def generate(self, prompts: Any, sampling: Any) -> Any:
+        self.prompts += len(prompts)
+        return self.engine.generate(prompts, sampling)
+
+
+def answers(engine: Any, adapter: Path) -> list[Any]:
+    """What an engine gives when it is asked in several ways, one of which it refuses."""
+    from agent.engines.base import steady
+    from agent.errors import ContextLengthError
+
+    given: list[Any] = []
+    for checkpoint in (None, adapter):
+        engine.load(checkpoint)
+        with steady(engine):
+            for params in (SamplingParams(temperature=0, max_tokens=6), SamplingParams(seed=3, max_tokens=6)):
+                given.append([list(done.token_ids) for done in engine.generate(PROMPTS, [params] * len(PROMPTS))])
+            too_long = [SamplingParams(max_tokens=6)] * 4 + [SamplingParams(max_tokens=engine.max_context)]
+            with pytest.raises(ContextLengthError, match="shorten the knowledge") as refused:
+                engine.generate(PROMPTS, too_long)
+            given.append(str(refused.value))
+    return given
+
+
+def new_engine(model: Path) -> Any:
+    from agent.engines.transformers import TransformersEngine
+
+    return TransformersEngine(model, name="tiny", dtype=torch.float32)
+
+
+def asked(model: Path, folder: Path) -> dict[str, Any]:
+    """In the main process: what all engines answer as one, and how many prompts each of them was given."""
+    adapter = folder / "from-one" / "mixed-ema" / "step-000002"
+    engine = Counted(new_engine(model))
+    if rank():
+        serve(engine)
+        given = []
+    else:
+        with replicated(engine) as everywhere:
+            given = answers(everywhere, adapter)
+    return {"answers": given, "prompts": gather(engine.prompts)}
 
 
 @pytest.fixture(scope="module")
@@ -246,6 +288,14 @@ def test_a_process_that_fails_and_processes_that_differ_are_named(together) -> N
     assert facts["failed"] == "process 1 failed: no room"
     assert "process 1 starts from other weights" in facts["refused"][0]
     assert "--fsdp_version 2" in facts["refused"][1]
+
+
+def test_processes_sample_together_what_the_main_one_is_asked(together, model: Path) -> None:
+    _, folder, facts = together
+    alone = answers(new_engine(model), folder / "from-one" / "mixed-ema" / "step-000002")
+    assert facts["asked"]["answers"] == alone
+    assert alone[0] != alone[3]  # the adapter was loaded
+    assert facts["asked"]["prompts"] == [18, 12]  # six calls of five
 
 
 def test_the_command_line_trains_in_two_processes(model: Path, tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ import threading
 import time
 import traceback
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 STAGES = ("start", "play", "extract", "curate", "select", "consolidate", "judge")
@@ -173,31 +172,7 @@ def serve() -> None:
     print(json.dumps("ready"), flush=True)
     for line in sys.stdin:
         job = json.loads(line)
-        if "answers" in job:
-            child = os.fork()
-            if child == 0:
-                write_answers(**job["answers"])
-                os._exit(0)
-            os.waitpid(child, 0)
-            print(json.dumps({}), flush=True)
-        else:
-            print(json.dumps(run(job)), flush=True)
-
-
-def write_answers(model: str, item: str, world: str, file: str) -> None:
-    """What the model says to every question with the item in its context: the world's right answers."""
-    from agent.engines.transformers import TransformersEngine
-    from agent.episode import Message, SamplingParams
-    from memory.render import render_knowledge
-
-    engine = TransformersEngine(model, name=model)
-    module = import_module(world)
-    questions = [f"q{number}" for number in range(module.QUESTIONS)]
-    known = render_knowledge([item])
-    prompts = [engine.renderer.prompt([Message(role="user", content=q)], known) for q in questions]
-    replies = engine.generate(prompts, [SamplingParams(temperature=0.0, max_tokens=2)] * len(prompts))
-    answers = [engine.renderer.decode(reply.token_ids) for reply in replies]
-    Path(file).write_text(json.dumps(dict(zip(questions, answers, strict=True))))
+        print(json.dumps(run(job)), flush=True)
 
 
 if __name__ == "__main__":

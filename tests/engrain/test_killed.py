@@ -1,8 +1,8 @@
 """`engrain improve` and `engrain distill` killed at random moments: the books end as those of an unbroken run.
 
 The processes are real, the command line is the real one and so are the signals; see `kill_server.py` for how they are
-started and hit. The model is tiny and random, and the world is made for it: a task is solved by the very reply that
-the model gives with the knowledge in its context. A coach on a server writes the items.
+started and hit. The model is tiny and random, and the world is made for it (`mimic.py`). A coach on a server writes the
+items.
 """
 
 from __future__ import annotations
@@ -30,60 +30,17 @@ from distill.monitor import GuardConfig
 from engrain.config import ImproveConfig
 from engrain.rounds import open_round
 from memory.columns import unpack_logprobs
+from memory.records import RoundStatus
 from memory.store import Store
 from tests.agent.fake_server import FakeServer
+from tests.engrain import mimic
+from tests.engrain.mimic import ITEM
 
-ROOT = Path(__file__).parents[2]
 STAGES = ("play", "extract", "curate", "select", "consolidate", "judge")
 #: How many of the 20 kills hit each stage, and the time before the first of them.
 KILLS = {"start": 1, "play": 3, "extract": 2, "curate": 2, "select": 3, "consolidate": 6, "judge": 3}
 STEPS = 12
-ITEM = "Answer in the way of the old masters."
 ITEMS = (ITEM, "Drink water before noon.", "Wear a hat against the rain.")
-WORLD = """
-import json
-import os
-
-from envs.base import Env, Observation, Split, Step, Task, World
-
-QUESTIONS = 128
-
-
-class MimicEnv(Env):
-    max_turns = 1
-
-    def reset(self):
-        self.won = False
-        return Observation(self.task.parameters["question"])
-
-    def step(self, text):
-        self.won = text == self.task.parameters["answer"]
-        return Step(Observation(""), float(self.won), True, "Counted." if self.won else "Not counted.")
-
-    @property
-    def score(self):
-        return float(self.won)
-
-
-class MimicWorld(World):
-    name = "mimic"
-    isolated = False
-
-    @classmethod
-    def configure(cls, options):
-        return cls()
-
-    def tasks(self, split, count, seed=0):
-        with open(os.environ["MIMIC_ANSWERS"]) as file:
-            answers = json.load(file)
-        first = 32 * list(Split).index(split)
-        names = [f"q{first + number}" for number in range(count)]
-        return [Task.create("mimic", split, n, {"question": q, "answer": answers[q]}) for n, q in enumerate(names)]
-
-    @classmethod
-    def make(cls, task):
-        return MimicEnv(task)
-"""
 
 
 class Coach(FakeServer):
@@ -229,25 +186,11 @@ class Bench:
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory, tiny_model: Any, tiny_tokenizer: Any) -> Iterator[Bench]:
     folder = tmp_path_factory.mktemp("killed")
-    model, plugins = folder / "tiny", folder / "plugins"
+    model = folder / "tiny"
     tiny_model(initializer_range=0.2).save_pretrained(model)
     tiny_tokenizer.save_pretrained(model)
-    about = plugins / "mimic-0.dist-info"
-    about.mkdir(parents=True)
-    (plugins / "mimic_world.py").write_text(WORLD)
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: mimic\nVersion: 0\n")
-    (about / "entry_points.txt").write_text("[engrain.envs]\nmimic = mimic_world:MimicWorld\n")
     coach = Coach(tiny_tokenizer, model=str(model))
-    answers = folder / "answers.json"
-    runner = Runner(
-        folder,
-        {
-            "PYTHONPATH": os.pathsep.join([str(ROOT), str(plugins)]),
-            "MIMIC_ANSWERS": str(answers),
-            "OMP_NUM_THREADS": "1",
-        },
-    )
-    runner.ask({"answers": {"model": str(model), "item": ITEM, "world": "mimic_world", "file": str(answers)}})
+    runner = Runner(folder, {**mimic.install(folder, model), "OMP_NUM_THREADS": "1"})
     greedy = {"temperature": 0.0, "max_tokens": 2}
     config = ImproveConfig.model_validate(
         {
@@ -315,6 +258,13 @@ def stage_of(done: Mapping[str, Any]) -> str:
     return next((said[1] for said in reversed(done["said"]) if said[0] in ("signalled", "stage")), "start")
 
 
+def over(home: Path) -> bool:
+    """Whether the round is."""
+    with Store.open(str(home / "engrain.db")) as store:
+        (record,) = store.rounds()
+    return record.status != RoundStatus.RUNNING
+
+
 def test_twenty_kills_change_nothing(bench: Bench, whole: Whole) -> None:
     draw = random.Random(20)
     plans: list[dict[str, Any]] = []
@@ -335,9 +285,11 @@ def test_twenty_kills_change_nothing(bench: Bench, whole: Whole) -> None:
                 break
             assert taken[-1]["code"] == -signal.SIGKILL, bench.log(home)
             hit.append(stage_of(taken[-1]))
-        if taken[-1]["code"]:
+            if over(home):  # the clock's kill came after the last write: the command would begin another round
+                break
+        if not over(home):
             taken.append(bench.improve(home))
-        assert taken[-1]["code"] == 0, bench.log(home)
+            assert taken[-1]["code"] == 0, bench.log(home)
         Books.read(home).same(whole.books)
         no_more_than_the_last_batch_again(taken, whole)
     assert len(hit) == 20
