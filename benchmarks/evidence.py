@@ -207,34 +207,37 @@ class Bench:
         row: dict[str, Any] = {"knowledge": known["text"], "gap": known["gap"]} if known else {}
         if arm.text == "coach":
             row["coach"] = self.coach
-        if arm.distill is None:
-            row |= self.measure(known["text"] if known and arm.in_context else None, self.parts(name))
-            row["seconds"] += spent(started)
-            return row
-        assert known is not None
-        placebo = arm.text in PLACEBOS
-        asked = dict(arm.distill)
-        teacher = None
+        if arm.distill is not None:
+            assert known is not None
+            row |= self._distil(name, known, force=force)
+            if "refused" in row:
+                return row
+        row |= self.measure(known["text"] if known and arm.in_context else None, self.parts(name))
+        row["seconds"] += spent(started)
+        return row
+
+    def _distil(self, name: str, known: dict[str, Any], *, force: bool) -> dict[str, Any]:
+        """Train as the arm says, if the gap test passes, or it is forced, or a placebo is."""
+        arm = ARMS[name]
+        asked, teacher = dict(arm.distill or {}), None
         if "teacher" in asked:
             asked["teacher"] = self.coach
             teacher = TransformersEngine(resolve(self.coach), name=self.coach)
         config = DistillConfig.model_validate({**self.config.distill.model_dump(), **asked})
+        row: dict[str, Any] = {}
         with nullcontext() if teacher is None else closing(teacher):
             positive = known["positive"]
             if teacher is not None:
                 gap = paired_gain(self._bare, self._validated(known["text"], teacher))
                 row["gap"], positive = gap.model_dump(), gap.positive
             row["gap_test"] = "passed" if positive else "refused"
-            if not positive and not (force or placebo):
+            if not positive and not (force or arm.text in PLACEBOS):
                 return row | {"refused": "the gap is not there on validation tasks: the loop trains nothing"}
             row["forced"] = not positive
             if arm.tokens_of is not None:
                 guard = config.guard.model_copy(update={"max_sampled_tokens": self._tokens_of(arm.tokens_of)})
                 config = config.model_copy(update={"guard": guard})
-            row |= self._train(config, known["text"], self.folder(name), teacher)
-        row |= self.measure(None, self.parts(name))
-        row["seconds"] += spent(started)
-        return row
+            return row | self._train(config, known["text"], self.folder(name), teacher)
 
     def _tokens_of(self, name: str) -> int:
         """What another arm sampled.

@@ -37,7 +37,7 @@ SCRIPT = textwrap.dedent(
 
     model, folder, store, after = sys.argv[1], Path(sys.argv[2]), sys.argv[3], sys.argv[4]
     text = render_knowledge(["Take the ingredient that the cookbook names, then prepare and eat the meal."])
-    tasks = registry.world("textworld", {"game": "coin_collector", "level": 1, "max_turns": 2}).tasks(
+    tasks = registry.world("textworld", {"game": "coin_collector", "level": 1, "max_turns": 1}).tasks(
         Split.TRAIN, 2, 0
     )
     engine = TransformersEngine(model, name="smollm2-135m", device="cpu")

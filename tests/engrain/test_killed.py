@@ -39,7 +39,7 @@ from tests.engrain.mimic import ITEM
 STAGES = ("play", "extract", "curate", "select", "consolidate", "judge")
 #: How many of the 20 kills hit each stage, and the time before the first of them.
 KILLS = {"start": 1, "play": 3, "extract": 2, "curate": 2, "select": 3, "consolidate": 6, "judge": 3}
-STEPS = 12
+STEPS = 6
 ITEMS = (ITEM, "Drink water before noon.", "Wear a hat against the rain.")
 
 
@@ -210,7 +210,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory, tiny_model: Any, tiny_tokeni
                 "steps": STEPS,
                 "batch_size": 4,
                 "learning_rate": 1e-2,
-                "save_every": 4,
+                "save_every": 2,
                 "sampling": {"temperature": 1.0, "max_tokens": 2},
                 "lora": {"rank": 8},
                 "guard": {name: None for name in GuardConfig.model_fields if name != "warmup_steps"},
