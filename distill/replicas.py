@@ -20,6 +20,9 @@ from agent.episode import SamplingParams
 from distill.distributed import everyone, from_main, rank, world
 from envs.errors import EngrainError
 
+#: So many prompts may go to one process whatever the others have: a few rows take hardly longer than one.
+_FEW = 8
+
 
 @dataclass(frozen=True)
 class _Generate:
@@ -115,13 +118,14 @@ class ReplicatedEngine:
         self._lengths.clear()
 
     def _deal(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
-        """Each process's prompts: those that go on from what it read, and new ones where there are fewest."""
+        """Each process's prompts: those that go on from what it read, unless it has too many, and others elsewhere."""
         shares: list[list[int]] = [[] for _ in range(self.copies)]
+        most = max(_FEW, 2 * len(prompts) // self.copies)
         new: list[int] = []
         sums = [self._checksums(prompt) for prompt in prompts]
         for index, (earlier, _) in enumerate(sums):
             place = next((self._places[one] for one in reversed(earlier) if one in self._places), None)
-            (new if place is None else shares[place]).append(index)
+            (new if place is None or len(shares[place]) >= most else shares[place]).append(index)
         for index in new:
             min(shares, key=len).append(index)
         for place, share in enumerate(shares):

@@ -47,6 +47,14 @@ def test_a_conversation_goes_on_where_it_began(openings: list[list[int]], data: 
             assert all(home[tuple(openings[i])] == place for i in share)
 
 
+def test_many_conversations_that_began_alike_are_spread() -> None:
+    engine = Dealt()
+    engine.shares([[1, 2]] * 60)
+    shares = engine.shares([[1, 2, 3 + number] for number in range(60)])
+    assert sorted(map(len, shares)) == [10, 10, 40]  # where they began, up to twice an even share
+    assert sum(map(len, engine.shares([[1, 2, 3 + number, 1] for number in range(60)]))) == 60
+
+
 def test_a_play_asks_for_as_many_at_a_time_as_there_are_copies(tiny_tokenizer: Any) -> None:
     def batch(engine: Any, **options: Any) -> int:
         plan: Any = {"sampling": SamplingParams(), "namespace": "n", **options}
