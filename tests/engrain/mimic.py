@@ -7,9 +7,11 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from agent.engines.transformers import TransformersEngine
 from agent.episode import Message, SamplingParams
+from distill.monitor import GuardConfig
 from memory.render import render_knowledge
 
 ROOT = Path(__file__).parents[2]
@@ -75,3 +77,30 @@ def install(folder: Path, model: Path) -> dict[str, str]:
     (folder / "answers.json").write_text(json.dumps(answers))
     path = os.pathsep.join([str(ROOT), str(folder / "plugins")])
     return {"PYTHONPATH": path, "MIMIC_ANSWERS": str(folder / "answers.json")}
+
+
+def settings(model: Path, steps: int) -> dict[str, Any]:
+    """A small round of this world, as `ImproveConfig` takes it; nothing that is measured stops it early."""
+    greedy = {"temperature": 0.0, "max_tokens": 2}
+    return {
+        "model": str(model),
+        "world": {"env": "mimic"},
+        "play": {"tasks": 12, "episodes": 8, "sampling": greedy},
+        "evaluation": {
+            "validation_tasks": 6,
+            "test_tasks": 16,
+            "sampling": greedy,
+            "ood": [{"env": "mimic", "tasks": 4}],
+            "ood_margin": 1.0,
+        },
+        "distill": {
+            "objective": "forward_kl",
+            "steps": steps,
+            "batch_size": 4,
+            "learning_rate": 1e-2,
+            "save_every": 2,
+            "sampling": {"temperature": 1.0, "max_tokens": 2},
+            "lora": {"rank": 8},
+            "guard": {name: None for name in GuardConfig.model_fields if name != "warmup_steps"},
+        },
+    }

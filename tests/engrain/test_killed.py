@@ -26,7 +26,6 @@ from typing import Any
 
 import pytest
 
-from distill.monitor import GuardConfig
 from engrain.config import ImproveConfig
 from engrain.rounds import open_round
 from memory.columns import unpack_logprobs
@@ -191,32 +190,8 @@ def bench(tmp_path_factory: pytest.TempPathFactory, tiny_model: Any, tiny_tokeni
     tiny_tokenizer.save_pretrained(model)
     coach = Coach(tiny_tokenizer, model=str(model))
     runner = Runner(folder, {**mimic.install(folder, model), "OMP_NUM_THREADS": "1"})
-    greedy = {"temperature": 0.0, "max_tokens": 2}
-    config = ImproveConfig.model_validate(
-        {
-            "model": str(model),
-            "world": {"env": "mimic"},
-            "play": {"tasks": 12, "episodes": 8, "sampling": greedy},
-            "extract": {"episodes": 6, "budget_tokens": 300, "candidates": 3, "coach": f"{model}@{coach.url}"},
-            "evaluation": {
-                "validation_tasks": 6,
-                "test_tasks": 16,
-                "sampling": greedy,
-                "ood": [{"env": "mimic", "tasks": 4}],
-                "ood_margin": 1.0,
-            },
-            "distill": {
-                "objective": "forward_kl",
-                "steps": STEPS,
-                "batch_size": 4,
-                "learning_rate": 1e-2,
-                "save_every": 2,
-                "sampling": {"temperature": 1.0, "max_tokens": 2},
-                "lora": {"rank": 8},
-                "guard": {name: None for name in GuardConfig.model_fields if name != "warmup_steps"},
-            },
-        }
-    )
+    extract = {"episodes": 6, "budget_tokens": 300, "candidates": 3, "coach": f"{model}@{coach.url}"}
+    config = ImproveConfig.model_validate({**mimic.settings(model, STEPS), "extract": extract})
     file = folder / "config.json"
     file.write_text(config.model_dump_json())
     with Store.open(str(folder / "begun.db")) as store:

@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 
-from distill.monitor import GuardConfig
 from engrain.config import ImproveConfig
 from memory.render import render_knowledge
 from tests.engrain import mimic
@@ -35,33 +34,9 @@ def bench(
     tiny_tokenizer.save_pretrained(folder / "tiny")
     environment = mimic.install(folder, folder / "tiny")
     (folder / "knowledge.txt").write_text(render_knowledge([mimic.ITEM]))
-    greedy = {"temperature": 0.0, "max_tokens": 2}
-    config = ImproveConfig.model_validate(
-        {
-            "model": str(folder / "tiny"),
-            "knowledge": str(folder / "knowledge.txt"),
-            "world": {"env": "mimic"},
-            "play": {"tasks": 12, "episodes": 8, "sampling": greedy},
-            "evaluation": {
-                "validation_tasks": 6,
-                "test_tasks": 16,
-                "sampling": greedy,
-                "ood": [{"env": "mimic", "tasks": 4}],
-                "ood_margin": 1.0,
-                "looks": 1,
-            },
-            "distill": {
-                "objective": "forward_kl",
-                "steps": STEPS,
-                "batch_size": 4,
-                "learning_rate": 1e-2,
-                "save_every": 2,
-                "sampling": {"temperature": 1.0, "max_tokens": 2},
-                "lora": {"rank": 8},
-                "guard": {name: None for name in GuardConfig.model_fields if name != "warmup_steps"},
-            },
-        }
-    )
+    settings = mimic.settings(folder / "tiny", STEPS) | {"knowledge": str(folder / "knowledge.txt")}
+    settings["evaluation"]["looks"] = 1
+    config = ImproveConfig.model_validate(settings)
     (folder / "config.json").write_text(config.model_dump_json())
     return folder, environment
 
