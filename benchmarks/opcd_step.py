@@ -126,7 +126,7 @@ def ours(case: dict[str, Any]) -> dict[str, Any]:
         for i, (p, r) in enumerate(zip(prompts, responses, strict=True))
     )
     student = add_lora(model, LoraSettings(rank=16, alpha=32), 0)
-    config = DistillConfig(batch_size=BATCH, learning_rate=1e-5, micro_batch_tokens=320)
+    config = DistillConfig(objective="reverse_kl", batch_size=BATCH, learning_rate=1e-5, micro_batch_tokens=320)
     batch = Batch(samples, ())
     trainer = Trainer(
         student,

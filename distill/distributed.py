@@ -6,7 +6,6 @@ every function is the plain thing. All of them are collective: every process mus
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
@@ -16,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from agent import rollout
 from agent.engines.base import Completion, Engine
-from agent.episode import Episode, SamplingParams, episode_id
+from agent.episode import Episode, SamplingParams
 from distill.errors import ProcessFailedError
 from envs.base import Task
 from envs.errors import EngrainError
@@ -125,11 +124,7 @@ def play(
     """
     if world() == 1:
         return rollout.play(tasks, engine, namespace=namespace, on_episode=on_episode, **settings)
-    seen: Counter[str] = Counter()
-    ids = []
-    for task in tasks:
-        ids.append(episode_id(namespace, task, seen[task.id]))
-        seen[task.id] += 1
+    ids = [id_ for id_, _, _ in rollout.identified(tasks, namespace)]
 
     def share(mine: list[int]) -> list[Episode]:
         others = set(ids) - {ids[index] for index in mine}

@@ -64,7 +64,7 @@ def command(
     success: Annotated[bool | None, typer.Option("--solved/--failed", help="--from-episodes: only these.")] = None,
     objective: Annotated[
         str | None,
-        typer.Option(help="reverse_kl, forward_kl, jsd, skew_kl or topk. Default: reverse_kl; off_policy: forward_kl."),
+        typer.Option(help="forward_kl, reverse_kl (the paper), jsd, skew_kl or topk. Default: forward_kl."),
     ] = None,
     normalize: Annotated[str, typer.Option(help="sequence (each response alike) or token.")] = "sequence",
     teacher: Annotated[

@@ -73,7 +73,7 @@ def command(
         typer.Option(metavar="MODEL[@URL]", help="Another model that reads the episodes, here or on a chat server."),
     ] = None,
     objective: Annotated[
-        str | None, typer.Option(help="reverse_kl (the paper), forward_kl, jsd, skew_kl or topk; on-policy, exact.")
+        str | None, typer.Option(help="forward_kl (default), reverse_kl (the paper), jsd, skew_kl or topk; on-policy.")
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Training steps.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Episodes a training step.")] = None,

@@ -46,8 +46,8 @@ def by_method(make_trainer, tasks, knowledge):
     [
         ({"method": "off_policy"}, "forward_kl"),
         ({"method": "sft"}, "cross_entropy"),
-        ({"method": "mixed", "on_policy_fraction": 0.3}, "reverse_kl"),
-        ({"teacher_kind": "ema", "ema_rate": 0.3}, "reverse_kl"),
+        ({"method": "mixed", "on_policy_fraction": 0.3}, "forward_kl"),
+        ({"teacher_kind": "ema", "ema_rate": 0.3, "objective": "reverse_kl"}, "reverse_kl"),
     ],
 )
 def test_each_trains_and_resumes_to_the_bit(by_method, weights, settings, objective: str) -> None:
@@ -214,8 +214,7 @@ def test_settings_that_contradict_each_other_are_refused(settings, word: str) ->
 
 
 def test_the_methods_usual_objective_is_written_down() -> None:
-    assert DistillConfig().objective == "reverse_kl"
-    assert DistillConfig(method="off_policy").objective == "forward_kl"
+    assert DistillConfig().objective == DistillConfig(method="off_policy").objective == "forward_kl"
     assert DistillConfig(method="off_policy", objective="jsd").objective == "jsd"
     sft = DistillConfig(method="sft")
     assert DistillConfig.model_validate(sft.model_dump(mode="json")) == sft
