@@ -232,8 +232,8 @@ that never had a validation task right is that of step 4, in every column.
 Replies to the two other sets are cut at 32 tokens: `math/ood`, plain problems of the families that the world does not
 have, whose answer counts in any form, and `instructions/test`, a hundred instructions that code checks. A student is
 not asked the other worlds' conventions: the bare model has 0.00 on each, so nothing can be lost there; the rounds in a
-row below ask for all of them. Cooking has no placebos and no larger model, because to measure one student takes a core
-20 minutes, in float32 an hour. An objective `auto` is none of Engrain's:
+row below ask for all of them. Cooking has no placebos and no larger model, because its students take
+by far the longest to measure. An objective `auto` is none of Engrain's:
 [what was measured of it](../numbers.md#objectives)."""
 
 
