@@ -258,7 +258,8 @@ def build(folder: Path) -> dict[str, Any]:
         count = f"{len(done)} of {len(wanted)} planned runs have been made: "
         count += f"{sum('test' in row for row in done)} measured, "
         count += f"{sum('refused' in row for row in done)} refused by the gap test, {faults} failed"
-        lines += [f"{count}. The others wait for the same command.", "", _INTERVALS, ""]
+        rest = " The others wait for the same command." if len(done) < len(wanted) else ""
+        lines += [f"{count}.{rest}", "", _INTERVALS, ""]
         if any(measured(rows) for arms in runs.values() for rows in arms.values()):
             draw(runs, folder.with_suffix(".png"))
             lines += [f"![Accuracy of every student]({folder.name}.png)", ""]
