@@ -67,6 +67,7 @@ def summary(result: RoundResult, config: ImproveConfig) -> dict[str, Any]:
             for world, other in result.ood.items()
         },
         "knowledge": result.knowledge.text if result.knowledge else None,
+        "method": config.distill.method,
         "objective": config.distill.objective,
         "steps": config.distill.steps,
         "validation": result.validation,

@@ -308,10 +308,11 @@ def _print(console: Console, result: Any, view: Any, facts: dict[str, Any], conf
         console.print(printable(result.knowledge.text), markup=False)
     if facts["recovery"] is not None:
         console.print(f"\nrecovery of the in-context gap: [bold]{facts['recovery']:.0%}[/]")
-    if config.distill.objective != "reverse_kl":
-        console.print(
-            f"objective: {config.distill.objective}, on-policy; the paper's on the same budget: --objective reverse_kl"
-        )
+    method, objective = facts["method"], facts["objective"]
+    if method != "opcd":
+        console.print(f"method: {method}, objective: {objective}")
+    elif objective != "reverse_kl":
+        console.print(f"objective: {objective}, on-policy; the paper's on the same budget: --objective reverse_kl")
     word = "[green]promoted[/]" if facts["promoted"] else f"[yellow]{result.status}, not promoted[/]"
     console.print(f"{word}: {escape(printable(result.reason))}")
     console.print(f"{result.seconds:.0f} s")

@@ -7,9 +7,11 @@ real models learn is the demo's to show.
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from agent.cluster import Cluster
 from agent.engines.transformers import TransformersEngine
@@ -19,6 +21,7 @@ from agent.rollout import play
 from distill.config import DistillConfig, LoraSettings
 from distill.monitor import GuardConfig
 from engrain import gate
+from engrain.cli.improve import _print
 from engrain.config import EvaluationConfig, ExtractConfig, ImproveConfig, OodSpec, PlayConfig, WorldSpec
 from engrain.errors import RoundConflictError
 from engrain.gate import Verdict
@@ -393,6 +396,11 @@ def test_without_a_gap_nothing_is_trained(run, tmp_path, monkeypatch) -> None:
     assert result.checkpoint is None
     assert summary(result, config)["recovery"] is None
     assert not (tmp_path / "flat").exists()
+    for method, line in (("opcd", "objective: forward_kl, on-policy"), ("off_policy", "method: off_policy, objective")):
+        asked = config.model_copy(update={"distill": config.distill.model_copy(update={"method": method})})
+        said = Console(file=io.StringIO())
+        _print(said, result, table(result), summary(result, asked), asked)
+        assert line in said.file.getvalue()
 
 
 def test_a_given_text_is_distilled_and_judged_without_play_or_extraction(run, tmp_path) -> None:
