@@ -13,7 +13,7 @@ TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 .PHONY: demo test test-servers lint docs audit clean help
 
 help:
-	@echo "make demo   one full round of self-improvement with a real model, about 10 minutes on 2 cores"
+	@echo "make demo   one full round of self-improvement with a real model, 6 to 25 minutes on 2 cores"
 	@echo "make test   lint, types, import layers and all tests"
 	@echo "make test-servers   the tests that start real vLLM servers (Linux on x86-64)"
 	@echo "make lint   ruff, mypy and import-linter only"

@@ -52,7 +52,7 @@ def command(
     option: OptionsOption = None,
     model: Annotated[str | None, typer.Option("--model", "-m", help="Short name, model folder or hub id.")] = None,
     demo: Annotated[
-        bool, typer.Option("--demo", help="The demo's world and settings: about ten minutes, 2 cores.")
+        bool, typer.Option("--demo", help="The demo's world and settings: 6 to 25 minutes on 2 cores.")
     ] = False,
     config: Annotated[
         Path | None, typer.Option("--config", help="JSON or TOML file with all settings of the round.")

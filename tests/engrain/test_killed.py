@@ -213,12 +213,13 @@ class Whole:
 
 @pytest.fixture(scope="module")
 def whole(bench: Bench) -> Whole:
+    counted = bench.improve(bench.begin("counted"), {"count": True})
+    calls = next(said[1] for said in counted["said"] if said[0] == "calls")
     home = bench.begin("whole")
     done = bench.improve(home)
     assert done["code"] == 0, bench.log(home)
     began = [said[1:] for said in done["said"] if said[0] == "stage"]
     seconds = {name: later - at for (name, at), (_, later) in pairwise(began)}
-    calls = next(said[1] for said in done["said"] if said[0] == "calls")
     assert tuple(name for name, _ in began) == (*STAGES, "finish")
     return Whole(Books.read(home), calls, seconds, sum(prompts(done)))
 
@@ -344,7 +345,7 @@ def test_a_killed_distillation_ends_in_the_same_bits(bench: Bench) -> None:
         (bench.folder / name).mkdir(exist_ok=True)
         return bench.run("distill", "mimic", *argv, home=bench.folder / name, plan=plan)
 
-    done = distil("distilled")
+    done = distil("distilled", {"count": True})
     assert done["code"] == 0, bench.log(bench.folder / "distilled")
     total = next(said[1]["start"] for said in done["said"] if said[0] == "calls")
     draw = random.Random(2)
