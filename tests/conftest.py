@@ -28,6 +28,11 @@ CHATML = (
 )
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The tests of the whole before those of its parts: two processes share the files, and these take longest."""
+    items.sort(key=lambda item: item.path.parent != Path(__file__).parent)
+
+
 @pytest.fixture(autouse=True)
 def engrain_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty ENGRAIN_HOME for every test; nothing a test writes reaches the user's own."""
