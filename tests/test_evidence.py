@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from distill.objective import forward_kl, reverse_kl
+from distill.registered import OBJECTIVES
 from envs import registry
 from envs.base import Split
 from envs.errors import UsageError
@@ -24,8 +25,10 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def bench() -> Any:
-    """The modules of `benchmarks/`, which import each other by name."""
+    """The modules of `benchmarks/`, which import each other by name; what they register goes with them."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry.WORLDS, "_here", {})
+        patch.setattr(OBJECTIVES, "_here", {})
         patch.syspath_prepend(str(ROOT / "benchmarks"))
         import evidence_worlds
 

@@ -18,8 +18,8 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from functools import wraps
 from importlib import import_module
-from types import FunctionType
 from typing import Any
 
 Hook = Callable[[Mapping[str, Any]], None]
@@ -40,36 +40,28 @@ def reached(stage: str, wanted: str) -> bool:
 
 
 def hook(path: str, before: Hook | None = None, after: Hook | None = None) -> None:
-    """Call `before` and `after` with the arguments of a function, by name, wherever it is called in the main thread.
-
-    The function stays the object it is, with other code in it, since others have imported it by name.
-    """
+    """Call `before` and `after` with the arguments of a function, wherever the main thread calls it by this name."""
     module, _, names = path.partition(":")
-    function: Any = import_module(module)
-    for name in names.split("."):
-        function = getattr(function, name)
-    original = FunctionType(
-        function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
-    )
-    original.__kwdefaults__ = function.__kwdefaults__
-    signature = inspect.signature(original)
+    *owners, name = names.split(".")
+    owner: Any = import_module(module)
+    for part in owners:
+        owner = getattr(owner, part)
+    function = getattr(owner, name)
+    signature = inspect.signature(function)
 
+    @wraps(function)
     def hooked(*positional: Any, **named: Any) -> Any:
         if threading.current_thread() is not threading.main_thread():
-            return original(*positional, **named)
+            return function(*positional, **named)
         arguments = signature.bind(*positional, **named).arguments
         if before is not None:
             before(arguments)
-        value = original(*positional, **named)
+        value = function(*positional, **named)
         if after is not None:
             after(arguments)
         return value
 
-    place = f"_hooked_{id(original)}"
-    function.__globals__[place] = hooked
-    stub: dict[str, Any] = {}
-    exec(f"def stub(*positional, **named):\n    return {place}(*positional, **named)", stub)
-    function.__code__, function.__defaults__, function.__kwdefaults__ = stub["stub"].__code__, None, None
+    setattr(owner, name, hooked)
 
 
 class Watch:
@@ -152,7 +144,7 @@ def play(job: dict[str, Any], tell: int) -> None:
         traceback.print_exc()
         code = 70
     sys.setprofile(None)
-    if job.get("plan", {}).get("count"):
+    if watch.plan.get("count"):
         watch.say("calls", watch.calls | {watch.stage: watch.count})
     sys.stdout.flush()
     sys.stderr.flush()

@@ -214,6 +214,7 @@ class Whole:
 @pytest.fixture(scope="module")
 def whole(bench: Bench) -> Whole:
     counted = bench.improve(bench.begin("counted"), {"count": True})
+    assert counted["code"] == 0, bench.log(bench.folder / "counted")
     calls = next(said[1] for said in counted["said"] if said[0] == "calls")
     home = bench.begin("whole")
     done = bench.improve(home)
@@ -281,7 +282,8 @@ def no_more_than_the_last_batch_again(taken: Sequence[Mapping[str, Any]], whole:
     assert len(steps) - STEPS <= sum(stage_of(one) == "consolidate" for one in taken[:-1])
 
 
-#: Functions after whose return, the so-many-th time, a process is killed: where two writes belong together.
+#: Functions, named where they are called from, after whose return, the so-many-th time, a process is killed: where two
+#: writes belong together.
 JOINTS = (
     ("memory.experience:ExperienceTable.add_extraction", 2),
     ("memory.items:ItemTable.add_item", 1),
@@ -290,7 +292,7 @@ JOINTS = (
     ("memory.items:ItemTable.record_effect", 1),
     ("distill.checkpoint:_write_weights", 2),
     ("distill.trainer:Trainer._keep", 1),
-    ("distill.checkpoint:save_checkpoint", 3),
+    ("distill.trainer:save_checkpoint", 3),
     ("memory.lineage:LineageTable.add_checkpoint", 1),
     ("memory.lineage:LineageTable.finish_run", 1),
     ("memory.lineage:LineageTable.set_checkpoint_status", 1),

@@ -26,7 +26,7 @@ def content(task):
 def test_names_and_errors():
     assert registry.names() == sorted(registry.names())
     assert set(WORLDS) <= set(registry.names())
-    with pytest.raises(UnknownEnvError, match=f"'chess'; known envs: {', '.join(registry.names())}"):
+    with pytest.raises(UnknownEnvError, match=r"'chess'.*frozenlake, math"):
         registry.world("chess")
     with pytest.raises(UnknownEnvError):
         registry.make(Task.create("chess", Split.TEST, 0, {}))
